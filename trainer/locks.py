@@ -1,0 +1,94 @@
+"""File locks that die with their process: one for each run, one for each device. Never `lockf`, whose lock a second
+handle in the same process would free."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if sys.platform == "win32":  # weaker there: no shared probe, said in docs/platforms
+    import msvcrt
+
+    def _lock(fd: int, exclusive: bool) -> bool:
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _lock(fd: int, exclusive: bool) -> bool:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class FileLock:
+    """An exclusive lock on `path`, with a small JSON note in the file about who holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def acquire(self, note: dict[str, Any], retry_s: float = 1.0) -> bool:
+        """Take the lock or return False after `retry_s`; a reader's short probe is why a retry is needed."""
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + retry_s
+        while not _lock(fd, exclusive=True):
+            if time.monotonic() > deadline:
+                os.close(fd)
+                return False
+            time.sleep(0.02)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(note).encode(), 0)
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Free the lock; harmless when it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def is_held(path: Path) -> bool:
+    """Whether some live process holds the lock on `path`."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(fd, exclusive=False)
+    finally:
+        os.close(fd)
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """The note of the live holder, or None when the lock is free."""
+    if not is_held(path):
+        return None
+    try:
+        return json.loads(path.read_bytes() or b"{}")
+    except (OSError, ValueError):
+        return {}
+
+
+def device_lock_path(device: str) -> Path:
+    """Where the lock of a device lives: the user's runtime directory, so every workspace and program meets there.
+
+    `device` is "cpu" or "gpu-" followed by the device's UUID.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    root = Path(runtime) if runtime and os.path.isdir(runtime) else Path(tempfile.gettempdir())
+    uid = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = root / f"signalbox-{uid}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{device}.lock"
