@@ -43,8 +43,12 @@ class Section(BaseModel):
 class ProfileSettings(Section):
     """Which profile turns a row into training text."""
 
-    name: str | None = setting(None, "Profile", "How a row becomes training text. None: the rows as they are.", "What", basic=True)
-    system_prompt: str = setting("", "System prompt", "Used when no profile is chosen and the row has no system message.", "What")
+    name: str | None = setting(
+        None, "Profile", "How a row becomes training text. None: the rows as they are.", "What", basic=True
+    )
+    system_prompt: str = setting(
+        "", "System prompt", "Used when no profile is chosen and the row has no system message.", "What"
+    )
 
 
 class WeightedFile(Section):
@@ -57,13 +61,46 @@ class WeightedFile(Section):
 class DataSettings(Section):
     """What is trained on and what is held out."""
 
-    dataset_path: str = setting("", "Data", "The chat dataset to train on (JSON Lines, one conversation a line).", "What", basic=True)
-    dataset_paths: list[WeightedFile] = setting([], "More data", "Further files, each with a weight: 0.5 shows half its rows an epoch.", "What")
-    validation_dataset_path: str = setting("", "Held-out file", "A file of its own for held-out loss; empty: a part of the data.", "Held-out")
-    validation_split: Real = setting(0.05, "Held-out share", "Share of the rows kept out of training to measure held-out loss.", "Held-out", ge=0, le=0.5)
-    validation_max_rows: Count = setting(200, "Held-out rows", "At most this many held-out rows are measured each time.", "Held-out", ge=1, le=100_000, unit="rows")
-    too_long: Literal["cut", "drop", "refuse"] = setting("cut", "Rows too long", "Rows over the maximum length: cut them, drop them, or refuse to start.", "What")
-    seed: Count = setting(42, "Seed", "Fixes the order of rows and all random draws; same seed, same run.", "How", ge=0, le=2**31 - 1)
+    dataset_path: str = setting(
+        "", "Data", "The chat dataset to train on (JSON Lines, one conversation a line).", "What", basic=True
+    )
+    dataset_paths: list[WeightedFile] = setting(
+        [], "More data", "Further files, each with a weight: 0.5 shows half its rows an epoch.", "What"
+    )
+    validation_dataset_path: str = setting(
+        "", "Held-out file", "A file of its own for held-out loss; empty: a part of the data.", "Held-out"
+    )
+    validation_split: Real = setting(
+        0.05,
+        "Held-out share",
+        "Share of the rows kept out of training to measure held-out loss.",
+        "Held-out",
+        ge=0,
+        le=0.5,
+    )
+    validation_max_rows: Count = setting(
+        200,
+        "Held-out rows",
+        "At most this many held-out rows are measured each time.",
+        "Held-out",
+        ge=1,
+        le=100_000,
+        unit="rows",
+    )
+    too_long: Literal["cut", "drop", "refuse"] = setting(
+        "cut",
+        "Rows too long",
+        "Rows over the maximum length: cut them, drop them, or refuse to start.",
+        "What",
+    )
+    seed: Count = setting(
+        42,
+        "Seed",
+        "Fixes the order of rows and all random draws; same seed, same run.",
+        "How",
+        ge=0,
+        le=2**31 - 1,
+    )
 
     @property
     def files(self) -> list[WeightedFile]:
@@ -75,25 +112,140 @@ class DataSettings(Section):
 class HyperparamSettings(Section):
     """How the weights are moved."""
 
-    method: Literal["full", "lora", "qlora"] = setting("lora", "Method", "LoRA trains small added matrices; full trains every weight; QLoRA is LoRA on 4 bits.", "How", basic=True)
-    batch_size: Count = setting(4, "Micro-batch", "Rows computed together. Smaller needs less memory and trains the same.", "Memory", basic=True, ge=1, le=1024, unit="rows")
-    gradient_accumulation: Count = setting(4, "Gradient accumulation", "Micro-batches summed before each step; rows per step = this x micro-batch.", "Memory", basic=True, ge=1, le=4096)
-    learning_rate: Real = setting(2e-4, "Learning rate", "Size of each step. Full training usually wants 1e-5, LoRA 2e-4.", "How", basic=True, ge=0, le=1)
-    num_epochs: Real = setting(1, "Epochs", "How often the whole dataset is seen.", "How", basic=True, gt=0, le=1000, unit="epochs")
-    max_steps: Count | None = setting(None, "Maximum steps", "Stops after this many steps, whatever the epochs say. Empty: epochs decide.", "How", ge=1, le=10_000_000, unit="steps")
-    warmup_steps: Count = setting(10, "Warm-up", "Steps over which the learning rate rises from 0.", "How", ge=0, le=1_000_000, unit="steps")
-    lr_schedule: Literal["linear", "cosine", "constant"] = setting("cosine", "Schedule", "How the learning rate falls after warm-up.", "How")
-    max_grad_norm: Real = setting(1.0, "Gradient clip", "Gradients with a larger norm are scaled down to this; 0 switches clipping off.", "How", ge=0, le=1e6)
-    weight_decay: Real = setting(0.0, "Weight decay", "Pulls weights towards zero each step; norms and biases are left out.", "How", ge=0, le=1)
-    optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", "Optimizer", "AdamW; the 8-bit one holds its states approximately and needs bitsandbytes and a GPU.", "Memory")
-    fp_precision: Literal["auto", "bf16", "fp16", "fp32"] = setting("auto", "Precision", "Number format of the computation; auto takes bf16 where the device is fast at it.", "Memory")
-    master_weights: Literal["fp32", "none"] = setting("fp32", "Master weights", "fp32 keeps exact weights beside bf16 computation; none saves memory, approximate.", "Memory")
-    max_length: Count = setting(2048, "Maximum length", "Longest row in tokens. Longer rows follow 'Rows too long'.", "What", basic=True, ge=8, le=1_048_576, unit="tokens")
-    packing: bool = setting(False, "Packing", "Fills each micro-batch row with several short rows; attention never crosses them.", "Memory")
-    use_gradient_checkpointing: bool = setting(False, "Gradient checkpointing", "Recomputes activations in the backward pass: less memory, about a quarter slower.", "Memory", basic=True)
-    gradient_checkpointing_policy: Literal["full", "selective"] = setting("full", "Checkpointing policy", "Selective keeps matrix products and recomputes the rest: faster, more memory.", "Memory")
-    compile: bool = setting(False, "Compile", "Compiles each layer with torch: a slow first step, then faster ones.", "Memory")
-    early_stopping_patience: Count = setting(0, "Early stopping", "Stops after this many held-out checks without a better loss; 0 never stops.", "Held-out", ge=0, le=10_000, unit="checks")
+    method: Literal["full", "lora", "qlora"] = setting(
+        "lora",
+        "Method",
+        "LoRA trains small added matrices; full trains every weight; QLoRA is LoRA on 4 bits.",
+        "How",
+        basic=True,
+    )
+    batch_size: Count = setting(
+        4,
+        "Micro-batch",
+        "Rows computed together. Smaller needs less memory and trains the same.",
+        "Memory",
+        basic=True,
+        ge=1,
+        le=1024,
+        unit="rows",
+    )
+    gradient_accumulation: Count = setting(
+        4,
+        "Gradient accumulation",
+        "Micro-batches summed before each step; rows per step = this x micro-batch.",
+        "Memory",
+        basic=True,
+        ge=1,
+        le=4096,
+    )
+    learning_rate: Real = setting(
+        2e-4,
+        "Learning rate",
+        "Size of each step. Full training usually wants 1e-5, LoRA 2e-4.",
+        "How",
+        basic=True,
+        ge=0,
+        le=1,
+    )
+    num_epochs: Real = setting(
+        1, "Epochs", "How often the whole dataset is seen.", "How", basic=True, gt=0, le=1000, unit="epochs"
+    )
+    max_steps: Count | None = setting(
+        None,
+        "Maximum steps",
+        "Stops after this many steps, whatever the epochs say. Empty: epochs decide.",
+        "How",
+        ge=1,
+        le=10_000_000,
+        unit="steps",
+    )
+    warmup_steps: Count = setting(
+        10,
+        "Warm-up",
+        "Steps over which the learning rate rises from 0.",
+        "How",
+        ge=0,
+        le=1_000_000,
+        unit="steps",
+    )
+    lr_schedule: Literal["linear", "cosine", "constant"] = setting(
+        "cosine", "Schedule", "How the learning rate falls after warm-up.", "How"
+    )
+    max_grad_norm: Real = setting(
+        1.0,
+        "Gradient clip",
+        "Gradients with a larger norm are scaled down to this; 0 switches clipping off.",
+        "How",
+        ge=0,
+        le=1e6,
+    )
+    weight_decay: Real = setting(
+        0.0,
+        "Weight decay",
+        "Pulls weights towards zero each step; norms and biases are left out.",
+        "How",
+        ge=0,
+        le=1,
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = setting(
+        "adamw",
+        "Optimizer",
+        "AdamW; the 8-bit one holds its states approximately and needs bitsandbytes and a GPU.",
+        "Memory",
+    )
+    fp_precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "Precision",
+        "Number format of the computation; auto takes bf16 where the device is fast at it.",
+        "Memory",
+    )
+    master_weights: Literal["fp32", "none"] = setting(
+        "fp32",
+        "Master weights",
+        "fp32 keeps exact weights beside bf16 computation; none saves memory, approximate.",
+        "Memory",
+    )
+    max_length: Count = setting(
+        2048,
+        "Maximum length",
+        "Longest row in tokens. Longer rows follow 'Rows too long'.",
+        "What",
+        basic=True,
+        ge=8,
+        le=1_048_576,
+        unit="tokens",
+    )
+    packing: bool = setting(
+        False,
+        "Packing",
+        "Fills each micro-batch row with several short rows; attention never crosses them.",
+        "Memory",
+    )
+    use_gradient_checkpointing: bool = setting(
+        False,
+        "Gradient checkpointing",
+        "Recomputes activations in the backward pass: less memory, about a quarter slower.",
+        "Memory",
+        basic=True,
+    )
+    gradient_checkpointing_policy: Literal["full", "selective"] = setting(
+        "full",
+        "Checkpointing policy",
+        "Selective keeps matrix products and recomputes the rest: faster, more memory.",
+        "Memory",
+    )
+    compile: bool = setting(
+        False, "Compile", "Compiles each layer with torch: a slow first step, then faster ones.", "Memory"
+    )
+    early_stopping_patience: Count = setting(
+        0,
+        "Early stopping",
+        "Stops after this many held-out checks without a better loss; 0 never stops.",
+        "Held-out",
+        ge=0,
+        le=10_000,
+        unit="checks",
+    )
 
     @property
     def rows_per_step(self) -> int:
@@ -104,41 +256,130 @@ class HyperparamSettings(Section):
 class LoraSettings(Section):
     """The added matrices of LoRA (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: Count = setting(16, "LoRA rank", "Width of the added matrices; more can learn more and costs memory.", "How", basic=True, ge=1, le=1024)
-    alpha: Real = setting(32, "LoRA alpha", "Scales the added matrices by alpha / rank.", "How", gt=0, le=4096)
-    dropout: Real = setting(0.0, "LoRA dropout", "Share of inputs to the added matrices dropped while training.", "How", ge=0, lt=1)
-    target_modules: list[str] = setting([], "LoRA targets", "Names of the layers that get matrices; empty: all linear layers of the blocks.", "How")
+    r: Count = setting(
+        16,
+        "LoRA rank",
+        "Width of the added matrices; more can learn more and costs memory.",
+        "How",
+        basic=True,
+        ge=1,
+        le=1024,
+    )
+    alpha: Real = setting(
+        32, "LoRA alpha", "Scales the added matrices by alpha / rank.", "How", gt=0, le=4096
+    )
+    dropout: Real = setting(
+        0.0,
+        "LoRA dropout",
+        "Share of inputs to the added matrices dropped while training.",
+        "How",
+        ge=0,
+        lt=1,
+    )
+    target_modules: list[str] = setting(
+        [],
+        "LoRA targets",
+        "Names of the layers that get matrices; empty: all linear layers of the blocks.",
+        "How",
+    )
 
 
 class OutputSettings(Section):
     """When checkpoints are written and how many stay."""
 
-    save_steps: Count = setting(200, "Save every", "A checkpoint each time this many steps are done; 0 saves at the end only.", "Saving", basic=True, ge=0, le=10_000_000, unit="steps")
-    save_total_limit: Count = setting(3, "Checkpoints kept", "Older checkpoints are removed; the best and the newest always stay.", "Saving", ge=1, le=1000)
+    save_steps: Count = setting(
+        200,
+        "Save every",
+        "A checkpoint each time this many steps are done; 0 saves at the end only.",
+        "Saving",
+        basic=True,
+        ge=0,
+        le=10_000_000,
+        unit="steps",
+    )
+    save_total_limit: Count = setting(
+        3,
+        "Checkpoints kept",
+        "Older checkpoints are removed; the best and the newest always stay.",
+        "Saving",
+        ge=1,
+        le=1000,
+    )
 
 
 class EvalSettings(Section):
     """Held-out loss and samples while training."""
 
-    eval_strategy: Literal["no", "steps", "epoch"] = setting("steps", "Held-out check", "When held-out loss is measured: never, every so many steps, or each epoch.", "Held-out")
-    eval_steps: Count = setting(100, "Held-out every", "Steps between held-out checks.", "Held-out", basic=True, ge=1, le=10_000_000, unit="steps")
-    sample_steps: Count = setting(0, "Sample every", "Steps between sample answers written by the model; 0 writes none.", "Samples", ge=0, le=10_000_000, unit="steps")
-    sample_prompts: list[str] = setting([], "Sample prompts", "Your own prompts, one a line; empty: three held-out rows.", "Samples")
-    sample_max_tokens: Count = setting(96, "Sample length", "At most this many tokens for each sample.", "Samples", ge=1, le=8192, unit="tokens")
-    sample_max_s: Real = setting(20, "Sample time", "At most this long for each sample.", "Samples", gt=0, le=3600, unit="s")
+    eval_strategy: Literal["no", "steps", "epoch"] = setting(
+        "steps",
+        "Held-out check",
+        "When held-out loss is measured: never, every so many steps, or each epoch.",
+        "Held-out",
+    )
+    eval_steps: Count = setting(
+        100,
+        "Held-out every",
+        "Steps between held-out checks.",
+        "Held-out",
+        basic=True,
+        ge=1,
+        le=10_000_000,
+        unit="steps",
+    )
+    sample_steps: Count = setting(
+        0,
+        "Sample every",
+        "Steps between sample answers written by the model; 0 writes none.",
+        "Samples",
+        ge=0,
+        le=10_000_000,
+        unit="steps",
+    )
+    sample_prompts: list[str] = setting(
+        [], "Sample prompts", "Your own prompts, one a line; empty: three held-out rows.", "Samples"
+    )
+    sample_max_tokens: Count = setting(
+        96,
+        "Sample length",
+        "At most this many tokens for each sample.",
+        "Samples",
+        ge=1,
+        le=8192,
+        unit="tokens",
+    )
+    sample_max_s: Real = setting(
+        20, "Sample time", "At most this long for each sample.", "Samples", gt=0, le=3600, unit="s"
+    )
 
 
 class AlertSettings(Section):
     """What is marked on the curve while the run goes on."""
 
-    loss_spike: Real = setting(2.0, "Loss spike", "Marks a step whose loss is this many times the recent median; 0 marks none.", "Alerts", ge=0, le=1000)
-    disk_free_gb: Real = setting(2.0, "Free disk", "Marks the run when free disk falls below this.", "Alerts", ge=0, le=100_000, unit="GB")
+    loss_spike: Real = setting(
+        2.0,
+        "Loss spike",
+        "Marks a step whose loss is this many times the recent median; 0 marks none.",
+        "Alerts",
+        ge=0,
+        le=1000,
+    )
+    disk_free_gb: Real = setting(
+        2.0,
+        "Free disk",
+        "Marks the run when free disk falls below this.",
+        "Alerts",
+        ge=0,
+        le=100_000,
+        unit="GB",
+    )
 
 
 class Config(Section):
     """Everything a run is made of."""
 
-    model_name: str = setting("", "Model name", "A short name for the run's model, used in file names.", "What")
+    model_name: str = setting(
+        "", "Model name", "A short name for the run's model, used in file names.", "What"
+    )
     model_display_name: str = setting("", "Display name", "How the model is called on the page.", "What")
     model_path: str = setting("", "Model", "The folder of the model to train.", "What", basic=True)
     profile: ProfileSettings = ProfileSettings()
@@ -152,7 +393,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _precision_and_masters_agree(self) -> Config:
         if self.hyperparams.fp_precision == "fp16" and self.hyperparams.master_weights == "none":
-            raise ValueError("hyperparams.master_weights: fp16 needs fp32 master weights; 'none' works with bf16 only")
+            raise ValueError(
+                "hyperparams.master_weights: fp16 needs fp32 master weights; 'none' works with bf16 only"
+            )
         return self
 
     @property

@@ -1,0 +1,1 @@
+"""The tests: names are sentences, real things instead of mocks."""

@@ -1,0 +1,156 @@
+"""Runs without a server: the command line's train, resume, smoke, inspect and checks, each in this process alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer import launch, lease
+from trainer.cli import REFUSED, install_stop
+from trainer.engine import MUST_RESTART, threads_for
+from trainer.files import make_private_dir
+from trainer.machine import machine
+from trainer.refusal import Refusal
+from trainer.run import RunDir, status
+from trainer.schema import Config
+from trainer.session import Life, open_life, train_to_end
+from trainer.signals import Signals
+from trainer.states import allowed
+from trainer.worker import Worker
+from trainer.workspace import Workspace
+
+GOOD_ENDS = ("finished", "stopped", "paused")
+
+
+def owner_here() -> str:
+    """Who runs this command."""
+    return os.environ.get("USER") or "command line"
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def ask_worker(op: str, **args: Any) -> Any:
+    """One question to the worker process, which is ended afterwards."""
+    worker = Worker()
+    try:
+        return worker.call(op, timeout_s=3600, **args)
+    finally:
+        worker.close()
+
+
+def train_alone(workspace: Workspace, config: Config, output: Path | None, skip_eval: bool) -> int:
+    """Train a new run to its end; exit status 0, or 2 when it failed or diverged."""
+    here = machine()
+    launch.check_paths(config)
+    lock = lease.acquire(
+        here.device, kind="train", owner=owner_here(), run_id="", name=launch.auto_name(config)
+    )
+    try:
+        run, _ = launch.new_run(
+            workspace, config, here, owner=owner_here(), threads=threads_for(here), output=output
+        )
+        print(f"Run directory: {run.path}", flush=True)
+        return _to_end(open_life(run, owner_here(), resumed=False), workspace, skip_eval)
+    finally:
+        lock.release()
+
+
+def resume_alone(run: RunDir, quiet: bool) -> int:
+    """Go on with a run from its newest whole checkpoint."""
+    now = status(run)
+    if now.state == "finished":
+        print(f"This run is finished at step {now.current_step:,}: there is nothing to resume.")
+        return 0
+    if "resume" not in allowed(now.state):
+        raise Refusal(f"This run is {now.state}: there is nothing to resume.")
+    here = machine()
+    lock = lease.acquire(here.device, kind="train", owner=owner_here(), run_id=run.run_id, name=now.name)
+    try:
+        root = Path(run.snapshot().get("workspace", run.path.parent.parent))
+        workspace = Workspace(root).create()
+        return _to_end(open_life(run, owner_here(), resumed=True), workspace, skip_eval=False, quiet=quiet)
+    finally:
+        lock.release()
+
+
+def _to_end(life: Life, workspace: Workspace, skip_eval: bool, quiet: bool = False) -> int:
+    install_stop(lambda: life.signals.ask("stop", "signal"))
+    worker = Worker()
+    run = life.run
+    try:
+        end = train_to_end(
+            life,
+            workspace,
+            worker,
+            machine(),
+            skip_eval=skip_eval,
+            echo=(lambda text: None) if quiet else _say,
+        )
+    finally:
+        worker.close()
+    now = status(run)
+    if not quiet:
+        loss = f", loss {now.loss:.3f}" if now.loss is not None else ""
+        _say(f"{end.capitalize()} at step {now.current_step:,} of {now.total_steps or 0:,}{loss}.")
+    if life.poisoned:
+        return MUST_RESTART
+    return 0 if end in GOOD_ENDS else REFUSED
+
+
+def smoke_alone(workspace: Workspace, config: Config, as_json: bool) -> int:
+    """The smoke test; exit status 0 when every check that is possible here passed, else 1."""
+    from trainer.smoke import run_smoke
+
+    here = machine()
+    launch.check_paths(config)
+    prompt = launch.prompt_of(config, workspace.profiles)
+    lock = lease.acquire(here.device, kind="smoke", owner=owner_here(), run_id="", name=config.display_name)
+    worker, signals = Worker(), Signals()
+    install_stop(lambda: signals.ask("stop", "signal"))
+    try:
+        folder = make_private_dir(workspace.smoke / (time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()))
+        report = run_smoke(
+            folder, config, prompt, workspace, worker, here, threads_for(here), signals.interrupt
+        )
+    finally:
+        worker.close()
+        lock.release()
+    if as_json:
+        print(json.dumps(report))
+    else:
+        marks = {"pass": "✓", "problem": "✕", "not_possible": "–"}
+        for line in report["lines"]:
+            print(f"{marks[line['status']]} {line['text']}")
+        print(report["summary"])
+    return 0 if report["failed"] == 0 and report["state"] == "done" else 1
+
+
+def inspect_alone(workspace: Workspace, config: Config) -> int:
+    """Print the first batch, token by token: trained tokens underlined where the terminal can, marked by [] elsewhere."""
+    from trainer.loop.first_batch import first_batch
+
+    launch.check_paths(config)
+    worker = Worker()
+    try:
+        shown = first_batch(config, launch.prompt_of(config, workspace.profiles), workspace, worker)
+    finally:
+        worker.close()
+    colour = os.isatty(1)
+    for document in shown["documents"]:
+        print(
+            f"-- row {document['row']} ({document['file']}, line {document['line']}): {document['tokens']} tokens, {document['labels']} labels"
+        )
+        text = "".join(
+            (f"\x1b[4;36m{token['text']}\x1b[0m" if colour else f"[{token['text']}]")
+            if token["trained"]
+            else token["text"]
+            for token in document["pieces"]
+        )
+        print(text)
+    print(shown["summary"])
+    return 0

@@ -1,0 +1,183 @@
+"""The engine of a server: one thread that alone touches torch, and the lease of the device it computes on.
+
+Torch-free to import; handlers of the page call `start_*`, which refuse at once or hand the work to the thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import control, launch, lease
+from trainer.files import make_private_dir
+from trainer.locks import FileLock
+from trainer.machine import Machine, Nvml, machine
+from trainer.refusal import Refusal
+from trainer.run import RunDir, status
+from trainer.schema import Config
+from trainer.session import open_life, train_to_end
+from trainer.signals import Signals
+from trainer.states import allowed
+from trainer.worker import Worker
+from trainer.workspace import Workspace
+
+MUST_RESTART = 75  # the exit code that asks the supervisor for a fresh process
+
+
+@dataclass(frozen=True)
+class _Task:
+    work: Callable[[], None]
+    lock: FileLock
+    signals: Signals
+
+
+class Engine:
+    """Runs one thing at a time on its own thread: a training, a smoke test. Safe to call from any thread."""
+
+    def __init__(self, workspace: Workspace, worker: Worker) -> None:
+        self.workspace = workspace
+        self.worker = worker
+        self.poisoned = threading.Event()
+        self._nvml = Nvml()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._current: _Task | None = None
+        self._start = threading.Lock()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def machine(self) -> Machine:
+        """The machine now: devices, free memory, what to mend."""
+        return machine(self._nvml)
+
+    def holder(self) -> lease.Holder | None:
+        """Who has the device, in this process or any other; None when it is free."""
+        return lease.holder(self.machine().device)
+
+    def warm(self) -> None:
+        """Import torch on the engine's thread and start the worker, so that the first run does not wait for them."""
+        self.worker.warm()
+        self._tasks.put(_Task(_import_torch, FileLock(Path("/dev/null")), Signals()))
+
+    def start_run(
+        self, config: Config, owner: str, name: str = "", why: str = "", skip_eval: bool = False
+    ) -> str:
+        """Make a run and train it; returns its id. Raises Refusal (also Busy) before anything is written."""
+        here = self.machine()
+        launch.check_paths(config)
+        with self._start:
+            lock = lease.acquire(
+                here.device, kind="train", owner=owner, run_id="", name=name or launch.auto_name(config)
+            )
+            try:
+                run, _ = launch.new_run(
+                    self.workspace, config, here, owner=owner, threads=threads_for(here), name=name, why=why
+                )
+                self._train(run, lock, here, owner, resumed=False, skip_eval=skip_eval)
+            except BaseException:
+                lock.release()
+                raise
+        return run.run_id
+
+    def resume_run(self, run_id: str, owner: str) -> None:
+        """Go on with a run from its newest checkpoint that verifies. Raises Refusal where its state does not allow it."""
+        run = self.workspace.run(run_id)
+        now = status(run)
+        if "resume" not in allowed(now.state):
+            raise Refusal(f"This run is {now.state}: there is nothing to resume.")
+        here = self.machine()
+        with self._start:
+            lock = lease.acquire(
+                here.device, kind="train", owner=owner, run_id=run_id, name=now.name or run_id
+            )
+            try:
+                self._train(run, lock, here, owner, resumed=True, skip_eval=False)
+            except BaseException:
+                lock.release()
+                raise
+
+    def start_smoke(self, config: Config, owner: str) -> str:
+        """Start a smoke test; returns its id. Its report grows in smoke/ID/report.json."""
+        here = self.machine()
+        launch.check_paths(config)
+        prompt = launch.prompt_of(config, self.workspace.profiles)
+        smoke_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+        with self._start:
+            lock = lease.acquire(
+                here.device, kind="smoke", owner=owner, run_id=smoke_id, name=config.display_name
+            )
+            folder = make_private_dir(self.workspace.smoke / smoke_id)
+            signals = Signals()
+
+            def work() -> None:
+                from trainer.smoke import run_smoke
+
+                run_smoke(
+                    folder,
+                    config,
+                    prompt,
+                    self.workspace,
+                    self.worker,
+                    here,
+                    threads_for(here),
+                    signals.interrupt,
+                )
+
+            self._tasks.put(_Task(work, lock, signals))
+        return smoke_id
+
+    def stop_smoke(self) -> None:
+        """End the smoke test in progress at its next check; harmless when there is none."""
+        task = self._current
+        if task is not None:
+            task.signals.ask("stop", "owner")
+
+    def shutdown(self, timeout_s: float) -> bool:
+        """Stop at the step, save, end the thread; False when it did not end in time."""
+        task = self._current
+        if task is not None:
+            task.signals.ask("stop", "shutdown of the server")
+        self._tasks.put(None)
+        self._thread.join(timeout_s)
+        self.worker.close()
+        return not self._thread.is_alive()
+
+    def _train(
+        self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, skip_eval: bool
+    ) -> None:
+        life = open_life(run, owner, resumed=resumed)
+
+        def work() -> None:
+            train_to_end(life, self.workspace, self.worker, here, skip_eval=skip_eval)
+            if life.poisoned:
+                self.poisoned.set()
+
+        self._tasks.put(_Task(work, lock, life.signals))
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            self._current = task
+            try:
+                task.work()
+            finally:
+                task.lock.release()
+                self._current = None
+
+
+def threads_for(here: Machine) -> int:
+    """Threads for the computation on a CPU: one core stays free, or the page would stutter and slow the training."""
+    return max(1, here.cores - 1)
+
+
+def stop_run(run: RunDir, by: str, now: bool = False) -> None:
+    """Ask a run to stop; it answers within a tenth of a second and ends at its step."""
+    control.drop(run.control, "stop-now" if now else "stop", by)
+
+
+def _import_torch() -> None:
+    import trainer.loop.train
+    import trainer.smoke  # noqa: F401

@@ -1,0 +1,79 @@
+"""events.jsonl: the rare things of a run, one JSON object a line, numbered. One process writes, anyone reads by cursor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+DURABLE = frozenset(
+    {"started", "resumed", "paused", "stopped", "finished", "failed", "diverged", "checkpoint", "rewind"}
+)
+
+
+def wire(value: Any) -> Any:
+    """Non-finite floats as the strings "nan", "inf", "-inf": JSON has no word for them and null would hide them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {key: wire(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [wire(item) for item in value]
+    return value
+
+
+class EventLog:
+    """The one writer of an events file; its methods may be called from several threads of the trainer's process."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._file = open(path, "a+b", buffering=0)
+        os.chmod(path, 0o600)
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # the tail of a writer that was killed in the middle of a line
+            self._file.truncate(whole)
+        self._next = content[:whole].count(b"\n") + 1
+
+    def append(self, kind: str, **fields: Any) -> int:
+        """Add one event and return its number; lifecycle and checkpoint events are on the disk when this returns."""
+        with self._lock:
+            number = self._next
+            record = {"n": number, "t": round(time.time(), 3), "kind": kind, **wire(fields)}
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+            self._file.write(line.encode("utf-8", "backslashreplace"))
+            self._next += 1
+            if kind in DURABLE:
+                os.fsync(self._file.fileno())
+        return number
+
+    def close(self) -> None:
+        """Close the file; later appends raise ValueError."""
+        self._file.close()
+
+
+def read_events(path: Path, since: int = 0, limit_bytes: int = 4 << 20) -> tuple[list[dict[str, Any]], int]:
+    """Whole events from byte `since` on and the cursor for the next call.
+
+    A torn last line waits for its rest; a line that is not JSON is passed over. `since` beyond the end reads nothing.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(since)
+            content = file.read(limit_bytes)
+    except FileNotFoundError:
+        return [], 0
+    whole = content.rfind(b"\n") + 1
+    events = []
+    for line in content[:whole].splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "kind" in event:
+            events.append(event)
+    return events, since + whole

@@ -1,0 +1,158 @@
+"""From settings to a run directory: what is refused before anything is written, and the snapshot that fixes the rest.
+
+Torch-free; called by the page's engine and by the command line alike.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import profiles
+from trainer.machine import Machine
+from trainer.refusal import Refusal
+from trainer.run import RunDir, create_run
+from trainer.schema import Config
+from trainer.workspace import Workspace
+
+VERSIONED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+WEIGHTS = {".safetensors", ".bin"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The system prompt of a run, its date filled in, and where it came from."""
+
+    profile: str | None
+    text: str
+    date: str
+
+    @property
+    def line(self) -> str:
+        """The log line; scripts look for its first words."""
+        if self.profile is not None:
+            return f"Using profile system prompt: {self.text}"
+        return (
+            f"Using config system prompt: {self.text}"
+            if self.text
+            else "No system prompt: no profile and none in the config."
+        )
+
+
+def prompt_of(config: Config, user_profiles: Path, date: str | None = None) -> Prompt:
+    """The prompt that the run's rows get; `date` (YYYY-MM-DD) defaults to today and is then fixed for the run's life."""
+    date = date or datetime.date.today().isoformat()
+    name = config.profile.name
+    if name is None:
+        return Prompt(None, profiles.fill_date(config.profile.system_prompt, date), date)
+    try:
+        return Prompt(name, profiles.load(name, user_profiles).system_prompt(date), date)
+    except ValueError as error:
+        raise Refusal(str(error), "profile.name") from None
+
+
+def fingerprint(path: Path) -> str:
+    """A hash that changes when the model does: names and sizes of its files, and the first MiB of each."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"} and file.is_file():
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as handle:
+                digest.update(handle.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def base_of(adapter: Path) -> Path:
+    """The base model's directory that an adapter names; Refusal when it is not a directory of this machine."""
+    named = json.loads((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path") or ""
+    base = Path(named)
+    if not base.is_absolute():
+        base = adapter.parent / named
+    if not named or not (base / "config.json").exists():
+        raise Refusal(
+            f"The adapter {adapter.name} belongs to the base model '{named}', which is not a folder here. Put it beside it.",
+            "model_path",
+        )
+    return base
+
+
+def check_paths(config: Config) -> None:
+    """Refuse what can be seen at once: no model, no data, a folder that cannot be a model, a file that cannot be read."""
+    if not config.model_path:
+        raise Refusal("No model is chosen. Set model_path, or use --model.", "model_path")
+    model = Path(config.model_path)
+    if not model.is_dir():
+        raise Refusal(f"The model folder {model} does not exist. Check model_path.", "model_path")
+    if not any(file.suffix in WEIGHTS for file in model.iterdir()):
+        raise Refusal(
+            f"{model} holds no model weights. `python -m trainer check-model` says what it is.", "model_path"
+        )
+    if not config.data.files:
+        raise Refusal("No data is chosen. Set data.dataset_path, or use --dataset.", "data.dataset_path")
+    named = [("data.dataset_path", file.path) for file in config.data.files]
+    if config.data.validation_dataset_path:
+        named.append(("data.validation_dataset_path", config.data.validation_dataset_path))
+    for field, path in named:
+        if not Path(path).is_file():
+            raise Refusal(f"The dataset {path} does not exist or is no file. Check {field}.", field)
+        if not os.access(path, os.R_OK):
+            raise Refusal(
+                f"The dataset {path} cannot be read (no permission). Check the file's rights.", field
+            )
+    if config.hyperparams.method == "full" and (model / "adapter_config.json").exists():
+        raise Refusal(
+            f"{model.name} is a LoRA adapter: it can be trained on with method lora, not full.",
+            "hyperparams.method",
+        )
+
+
+def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threads: int) -> dict[str, Any]:
+    """What the run is made of, written once into its config.json."""
+    model = Path(config.model_path)
+    return {
+        "config": config.model_dump(mode="json"),
+        "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
+        "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
+        "data": {
+            "files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]
+        },
+        "device": {"name": machine.device, "summary": machine.summary},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "threads": threads,
+        "seed": config.data.seed,
+        "owner": owner,
+    }
+
+
+def auto_name(config: Config) -> str:
+    """What tells this run from others: data, method, rate."""
+    data = Path(config.data.files[0].path).stem if config.data.files else "run"
+    h = config.hyperparams
+    method = {"full": "full", "lora": f"LoRA r{config.lora.r}", "qlora": f"QLoRA r{config.lora.r}"}[h.method]
+    return f"{data} · {method} · lr {h.learning_rate:.2g}"
+
+
+def new_run(
+    workspace: Workspace,
+    config: Config,
+    machine: Machine,
+    *,
+    owner: str,
+    threads: int,
+    output: Path | None = None,
+    name: str = "",
+    why: str = "",
+) -> tuple[RunDir, Prompt]:
+    """Check, then make the run's directory. Raises Refusal; then nothing was written."""
+    check_paths(config)
+    prompt = prompt_of(config, workspace.profiles)
+    made = {**snapshot(config, prompt, machine, owner, threads), "workspace": str(workspace.root)}
+    notes = {"name": name.strip() or auto_name(config), "why": why.strip()}
+    return create_run(workspace.runs, made, output, notes), prompt

@@ -1,0 +1,55 @@
+"""Held-out loss: the same forward as training, without gradients, dropout or a touch on the training's random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.data.loader import Rows, assemble
+from trainer.loop.forward import Path, losses
+
+
+def micro_groups(rows: np.ndarray, lengths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
+    """Rows grouped so that each group has at most `budget_tokens` tokens (one long row may stand alone)."""
+    groups, group, tokens = [], [], 0
+    for row in rows[np.argsort(lengths[rows], kind="stable")]:
+        length = int(lengths[row])
+        if group and tokens + length > budget_tokens:
+            groups.append(np.array(group))
+            group, tokens = [], 0
+        group.append(row)
+        tokens += length
+    return groups + ([np.array(group)] if group else [])
+
+
+def held_out_loss(
+    model: PreTrainedModel,
+    trained: nn.Module,
+    cache: Rows,
+    groups: list[np.ndarray],
+    path: Path,
+    device: str,
+    interrupt: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss of a label over all rows, in nats; None when `interrupt()` said so in between."""
+    was_training = trained.training
+    trained.eval()
+    total = torch.zeros(
+        (), dtype=torch.float64 if not device.startswith("mps") else torch.float32, device=device
+    )
+    labels = 0
+    try:
+        with torch.no_grad():
+            for rows in groups:
+                if interrupt():
+                    return None
+                batch = assemble(cache, rows, device)
+                total += losses(model, batch, path).sum().to(total.dtype)
+                labels += batch.labels
+    finally:
+        trained.train(was_training)
+    return float(total) / max(1, labels)

@@ -1,0 +1,143 @@
+"""One forward pass of a micro-batch to the loss of each label, and the proof that it is the model's own loss.
+
+Three ways, fastest first; `choose_path` takes the first whose losses equal transformers' own on two real rows.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.data.loader import MicroBatch
+from trainer.loop.loss import Head, label_losses, losses_from_logits
+from trainer.models import attention
+from trainer.refusal import Refusal
+
+Way = Literal["fused", "own head", "one row at a time"]
+WAYS: tuple[Way, ...] = ("fused", "own head", "one row at a time")
+
+
+@dataclass(frozen=True)
+class Path:
+    """How losses are computed: which way, with which head, in which format."""
+
+    way: Way
+    head: Head | None
+    compute: torch.dtype
+    autocast: torch.dtype | None
+
+    def context(self, device_type: str) -> AbstractContextManager:
+        """Autocast where the weights are wider than the computation."""
+        return torch.autocast(device_type, self.autocast) if self.autocast is not None else nullcontext()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path taken, and why faster ones were passed over (way, reason)."""
+
+    path: Path
+    passed_over: tuple[tuple[str, str], ...]
+    difference: float  # largest difference of a label's loss to transformers' own, relative
+
+
+def plain_head(model: PreTrainedModel) -> Head | None:
+    """The head as matrix, scale and cap, or None where it is something else.
+
+    Scales: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`; Gemma 2 caps with tanh.
+    """
+    linear = model.get_output_embeddings()
+    if type(linear) is not nn.Linear:
+        return None
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def losses(model: PreTrainedModel, batch: MicroBatch, path: Path) -> torch.Tensor:
+    """Loss of each label of the micro-batch, (N,) float32 in nats, in the order of `batch.targets`."""
+    with path.context(batch.ids.device.type):
+        if path.way == "fused":
+            assert path.head is not None
+            hidden = model.base_model(
+                input_ids=batch.ids, position_ids=batch.positions, documents=batch.documents, use_cache=False
+            ).last_hidden_state[0]
+            return label_losses(hidden[batch.label_at], path.head, batch.targets, path.compute)
+        if path.way == "own head":
+            logits = model(
+                input_ids=batch.ids,
+                position_ids=batch.positions,
+                documents=batch.documents,
+                use_cache=False,
+                logits_to_keep=batch.label_at,
+            ).logits[0]
+            return losses_from_logits(logits, batch.targets)
+        parts = []
+        for start, end in zip(batch.documents.borders, batch.documents.borders[1:], strict=False):
+            inside = (batch.label_at >= start) & (batch.label_at < end)
+            logits = model(input_ids=batch.ids[:, start:end], use_cache=False).logits[0]
+            parts.append(losses_from_logits(logits[batch.label_at[inside] - start], batch.targets[inside]))
+        return torch.cat(parts)
+
+
+def reference_losses(model: PreTrainedModel, batch: MicroBatch) -> list[float]:
+    """Transformers' own mean loss of each row alone, through `labels=` and its own attention."""
+    found = []
+    kernel = "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
+    model.set_attn_implementation(kernel)
+    try:
+        for number, (start, end) in enumerate(
+            zip(batch.documents.borders, batch.documents.borders[1:], strict=False)
+        ):
+            labels = torch.full((1, end - start), -100, device=batch.ids.device)
+            mine = batch.label_row == number
+            labels[0, batch.label_at[mine] + 1 - start] = batch.targets[mine]
+            found.append(float(model(input_ids=batch.ids[:, start:end], labels=labels, use_cache=False).loss))
+    finally:
+        model.set_attn_implementation(attention.NAME)
+    return found
+
+
+def choose_path(
+    model: PreTrainedModel, batch: MicroBatch, *, compute: torch.dtype, autocast: torch.dtype | None
+) -> Choice:
+    """Compare each way with the reference on `batch` (two short rows) in the weights' own format; take the first that agrees."""
+    head = plain_head(model)
+    dtype = next(model.parameters()).dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    was_training = model.training
+    model.eval()
+    passed_over = []
+    try:
+        with torch.no_grad():
+            wanted = reference_losses(model, batch)
+            for way in WAYS if head is not None else WAYS[1:]:
+                got = _row_means(model, batch, Path(way, head, dtype, None))
+                if isinstance(got, str):
+                    passed_over.append((way, got))
+                    continue
+                difference = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(got, wanted, strict=True))
+                if difference <= tolerance:
+                    return Choice(Path(way, head, compute, autocast), tuple(passed_over), difference)
+                passed_over.append((way, f"its loss differs by {difference:.1e} from the model's own"))
+    finally:
+        model.train(was_training)
+    raise Refusal(
+        f"Cannot train this model: no way of computing its loss equals its own ({passed_over[-1][1]}).",
+        "model_path",
+    )
+
+
+def _row_means(model: PreTrainedModel, batch: MicroBatch, path: Path) -> list[float] | str:
+    """Mean loss of each row, or in words why this way does not work for the model."""
+    try:
+        found = losses(model, batch, path)
+    except (TypeError, NotImplementedError, AttributeError) as error:
+        return f"the model does not take it ({type(error).__name__}: {str(error)[:120]})"
+    return [float(found[batch.label_row == number].mean()) for number in range(len(batch.rows))]

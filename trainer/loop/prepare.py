@@ -1,0 +1,271 @@
+"""Everything between a run's settings and its first step: tokens, model, optimizer, plan, and the proof of the loss path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from trainer.data.loader import assemble
+from trainer.data.packing import Plan, make_plan, split
+from trainer.data.tokens import TokenCache, load_tokenizer
+from trainer.launch import Prompt
+from trainer.loop.forward import Choice, choose_path
+from trainer.loop.step import Stepper
+from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
+from trainer.models.lora import add_lora, continue_lora
+from trainer.refusal import Refusal
+from trainer.schema import Config
+from trainer.worker import Worker
+
+Say = Callable[[str], None]
+TOKENISE_LIMIT_S = 6 * 3600.0
+KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+class Left(Exception):
+    """Preparation was left because a stop was asked for."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Formats of a run: the stored weights, the matrix products, and autocast where the two differ."""
+
+    weights: torch.dtype
+    compute: torch.dtype
+    autocast: torch.dtype | None
+    fp16: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The token cache of the training rows, that of the held-out rows, and where each training row came from."""
+
+    cache: TokenCache
+    held_out: TokenCache
+    held_out_rows: np.ndarray
+    trained_rows: np.ndarray
+    row_weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model, what of it is trained (itself or its adapter), its tokenizer, and the steps it takes."""
+
+    loaded: Loaded
+    trained: nn.Module
+    tokenizer: Any
+    precision: Precision
+    choice: Choice
+    stepper: Stepper
+
+
+def pick_device(machine_device: str) -> str:
+    """The torch device for the machine's device name; Refusal when the GPU cannot be used after all."""
+    if machine_device == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise Refusal(
+            "The GPU is there, but torch cannot use it (driver too old or device busy). `python -m torch.utils.collect_env` says more."
+        )
+    return "cuda:0"
+
+
+def pick_precision(config: Config, device: str) -> Precision:
+    """Formats for these settings on this device. A frozen base (LoRA) needs no fp32 copy: nothing is added to it."""
+    wanted = config.hyperparams.fp_precision
+    cuda = device.startswith("cuda")
+    if wanted == "auto":
+        wanted = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+    compute = DTYPES[wanted]
+    if wanted == "fp32":
+        return Precision(torch.float32, compute, None, False, "fp32")
+    if wanted == "bf16" and config.hyperparams.master_weights == "none":
+        return Precision(compute, compute, None, False, "pure bf16, approximate")
+    base = compute if config.hyperparams.method != "full" else torch.float32
+    return Precision(base, compute, compute, wanted == "fp16", f"{wanted} with fp32 master weights")
+
+
+def tokenise(
+    config: Config,
+    prompt: Prompt,
+    model_path: Path,
+    roots: tuple[Path, Path],
+    worker: Worker,
+    interrupt: Callable[[], bool],
+    progress: Callable[[int, int], None],
+    files: list[str],
+) -> TokenCache:
+    """The token cache of `files`, built by the worker unless it is there already. `roots` = (token caches, users' profiles)."""
+    request = {
+        "files": files,
+        "model_path": str(model_path),
+        "profile": prompt.profile,
+        "system_prompt": config.profile.system_prompt,
+        "date": prompt.date,
+        "max_length": config.hyperparams.max_length,
+        "too_long": config.data.too_long,
+        "profiles_root": str(roots[1]),
+    }
+    made = worker.call(
+        "tokenise",
+        timeout_s=TOKENISE_LIMIT_S,
+        on_progress=progress,
+        cancelled=interrupt,
+        request=request,
+        root=str(roots[0]),
+    )
+    return TokenCache.open(Path(made["cache"]))
+
+
+def split_rows(config: Config, cache: TokenCache, held_out: TokenCache | None) -> Tokens:
+    """Decide which rows are trained and which are held out, and how often each trained row is seen."""
+    share = 0.0 if held_out is not None or config.eval.eval_strategy == "no" else config.data.validation_split
+    rows = len(cache.lengths)
+    trained, kept = split(rows, share, config.data.validation_max_rows, config.data.seed)
+    if len(trained) == 0:
+        raise Refusal("There is no row to train on.", "data.dataset_path")
+    if held_out is not None:
+        kept = np.arange(min(len(held_out.lengths), config.data.validation_max_rows))
+    weights = np.array([file.weight for file in config.data.files])[np.asarray(cache.source)[trained, 0]]
+    return Tokens(cache, held_out or cache, kept, trained, weights)
+
+
+def plan_of(config: Config, tokens: Tokens) -> Plan:
+    """The plan of all epochs."""
+    h = config.hyperparams
+    return make_plan(
+        np.asarray(tokens.cache.lengths),
+        tokens.trained_rows,
+        tokens.held_out_rows,
+        tokens.row_weights,
+        seed=config.data.seed,
+        epochs=h.num_epochs,
+        max_steps=h.max_steps,
+        packs_per_step=h.rows_per_step,
+        capacity=h.max_length if h.packing else None,
+    )
+
+
+def build_model(
+    config: Config,
+    path: Path,
+    cache: TokenCache,
+    device: str,
+    machine_name: str,
+    say: Say,
+    *,
+    resume_from: Path | None = None,
+) -> Model:
+    """Load, add LoRA, switch checkpointing, build the optimizer, and prove the loss path on two short real rows.
+
+    `resume_from` is a checkpoint's model directory; its weights are taken as they are. Says what scripts look for in the log.
+    """
+    h = config.hyperparams
+    precision = pick_precision(config, device)
+    quantised = h.method == "qlora"
+    if quantised and not device.startswith("cuda"):
+        raise Refusal(
+            "QLoRA needs a GPU and the package bitsandbytes. Use LoRA on this machine.", "hyperparams.method"
+        )
+    source = resume_from if resume_from is not None else path
+    loaded = load_model(source, dtype=precision.weights, device=device, quantise=quantised)
+    say(
+        f"Model loaded: {config.display_name}, {loaded.model.num_parameters() / 1e6:.1f} M weights, {precision.name}, on {machine_name}."
+    )
+    trained: nn.Module = loaded.model
+    if h.method != "full":
+        trained = (
+            continue_lora(loaded.model, source)
+            if is_adapter(source)
+            else add_lora(
+                loaded.model,
+                rank=config.lora.r,
+                alpha=config.lora.alpha,
+                dropout=config.lora.dropout,
+                targets=list(config.lora.target_modules),
+                seed=config.data.seed,
+            )
+        )
+    if h.use_gradient_checkpointing:
+        switch_checkpointing(loaded, h.gradient_checkpointing_policy)
+        say(f"Gradient checkpointing enabled ({h.gradient_checkpointing_policy}).")
+    else:
+        say("Gradient checkpointing off.")
+    trained.train()
+    choice = choose_path(
+        loaded.model, _short_rows(cache, device), compute=precision.compute, autocast=precision.autocast
+    )
+    say_attention(loaded, choice, device, say)
+    if h.compile:
+        compile_layers(loaded, say)
+    stepper = Stepper(
+        loaded,
+        trained,
+        choice.path,
+        device=device,
+        max_grad_norm=h.max_grad_norm,
+        weight_decay=h.weight_decay,
+        optimizer=h.optimizer,
+        seed=config.data.seed,
+        fp16=precision.fp16,
+    )
+    count = sum(parameter.numel() for _, parameter in stepper.named)
+    say(f"Training {count / 1e6:.2f} M of {loaded.model.num_parameters() / 1e6:.1f} M weights ({h.method}).")
+    return Model(loaded, trained, load_tokenizer(source), precision, choice, stepper)
+
+
+def switch_checkpointing(loaded: Loaded, policy: str) -> None:
+    """Recompute activations in the backward pass; "selective" keeps the matrix products (torch's SAC)."""
+    arguments: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        arguments["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
+    loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def say_attention(loaded: Loaded, choice: Choice, device: str, say: Say) -> None:
+    """The log's word on the attention kernel that will be called, and on every faster way that was passed over."""
+    kernel = loaded.attention.kernel
+    if choice.path.way == "one row at a time":
+        say("Flash Attention: not used, one row at a time through the model's own attention.")
+    elif kernel == "sdpa":
+        reason = "no GPU" if device == "cpu" else "this GPU or this torch has none"
+        say(f"Flash Attention: not available ({reason}); exact attention inside each row instead.")
+    else:
+        say(f"Flash Attention: {kernel}, inside each row.")
+    for way, reason in choice.passed_over:
+        say(f"Loss path '{way}' passed over: {reason}.")
+    say(f"Loss path: {choice.path.way}; on two rows it is the model's own loss to {choice.difference:.1e}.")
+
+
+def compile_layers(loaded: Loaded, say: Say) -> None:
+    """Compile each block on its own: the same code serves all of them, and shapes may change."""
+    blocks = next(
+        (m for _, m in loaded.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None
+    )
+    if blocks is None:
+        raise Refusal(
+            "This model has no list of layers to compile. Switch Compile off.", "hyperparams.compile"
+        )
+    for block in blocks:
+        block.compile(dynamic=True)
+    say(f"Compile: {len(blocks)} layers; the first step takes longer.")
+
+
+def _short_rows(cache: TokenCache, device: str) -> Any:
+    """The two shortest rows of at least 16 tokens (or the longest two), as one micro-batch."""
+    lengths = np.asarray(cache.lengths)
+    order = np.argsort(lengths, kind="stable")
+    enough = order[lengths[order] >= 16]
+    return assemble(cache, (enough if len(enough) >= 2 else order[::-1])[:2], device)

@@ -1,0 +1,156 @@
+"""Saving a run: a copy off the device while training waits, then files written by a thread of their own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainer import checkpoint
+from trainer.events import EventLog
+from trainer.files import write_json
+from trainer.loop import optim
+from trainer.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything of one step, in host memory of its own."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors; the files need little more."""
+        tensors = {t.data_ptr(): t.nbytes for t in [*self.weights.values(), *self.optimizer.values()]}
+        return sum(tensors.values())
+
+
+def copy_to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies that share nothing with the model; tensors tied to each other stay tied. (`.cpu()` would alias on a CPU.)"""
+    copies: dict[int, torch.Tensor] = {}
+    host = {}
+    for name, tensor in tensors.items():
+        key = tensor.data_ptr() if tensor.numel() else id(tensor)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        host[name] = copies[key]
+    return host
+
+
+def snapshot(
+    step: int,
+    trained: nn.Module,
+    named: list[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Snapshot:
+    """Copy weights (of an adapter: its matrices alone) and optimizer states off the device."""
+    weights = get_peft_model_state_dict(trained) if isinstance(trained, PeftModel) else trained.state_dict()
+    return Snapshot(step, copy_to_host(weights), copy_to_host(optim.state_by_name(optimizer, named)), state)
+
+
+class Saver:
+    """Writes checkpoints of one run, one at a time; a second save waits for the first and is never dropped."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        events: EventLog,
+        trained: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        base_path: Path,
+        keep: int,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._events = events
+        self._trained = trained
+        self._tokenizer = tokenizer
+        self._base_path = base_path
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        self.last_seconds: float | None = None
+
+    def save(self, shot: Snapshot, pinned: set[int]) -> None:
+        """Start writing; returns at once unless the one before is still being written."""
+        self.wait()
+        free = checkpoint.free_bytes(self._checkpoints)
+        if free < shot.size_bytes * 1.05:
+            raise Refusal(
+                f"The disk is full: the checkpoint of step {shot.step} needs {shot.size_bytes / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB is free. The checkpoints before it are whole."
+            )
+        self._thread = threading.Thread(target=self._write, args=(shot, pinned), name="saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises Refusal when the writing went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise Refusal(
+                f"The checkpoint could not be written: {error.strerror or error}. The ones before it are whole."
+            )
+
+    def _write(self, shot: Snapshot, pinned: set[int]) -> None:
+        started = time.monotonic()
+        try:
+            staging = checkpoint.new_staging(self._checkpoints, shot.step)
+            self._write_model(staging / checkpoint.MODEL, shot.weights)
+            save_file(shot.optimizer, staging / checkpoint.OPTIMIZER)
+            write_json(staging / checkpoint.STATE, {"format": checkpoint.FORMAT, **shot.state})
+            size = checkpoint.seal(staging, shot.step)
+            self.last_seconds = time.monotonic() - started
+            best = shot.state.get("best_step") == shot.step
+            self._events.append(
+                "checkpoint", step=shot.step, bytes=size, seconds=round(self.last_seconds, 3), best=best
+            )
+            checkpoint.prune(self._checkpoints, self._keep, pinned | {shot.step})
+        except OSError as error:
+            self._error = error
+            self._events.append(
+                "alert",
+                code="save",
+                step=shot.step,
+                text=f"Saving step {shot.step} went wrong: {error.strerror or error}",
+            )
+        except Exception as error:  # a thread's edge: safetensors and transformers raise types of their own
+            self._error = OSError(0, f"{type(error).__name__}: {error}")
+            self._events.append(
+                "alert", code="save", step=shot.step, text=f"Saving step {shot.step} went wrong: {error}"
+            )
+
+    def _write_model(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
+        target.mkdir()
+        if isinstance(self._trained, PeftModel):
+            settings = self._trained.peft_config["default"]
+            settings.base_model_name_or_path = str(self._base_path)
+            settings.inference_mode = True
+            settings.save_pretrained(str(target))
+            settings.inference_mode = False
+            save_file(weights, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            assert isinstance(self._trained, PreTrainedModel)
+            self._trained.save_pretrained(str(target), state_dict=weights)
+        self._tokenizer.save_pretrained(str(target))
+
+
+def load_optimizer(directory: Path) -> dict[str, torch.Tensor]:
+    """The optimizer states of a verified checkpoint, by parameter name."""
+    from safetensors.torch import load_file
+
+    return load_file(directory / checkpoint.OPTIMIZER)

@@ -1,0 +1,173 @@
+"""One optimiser step: micro-batches forward and backward, clip, update; nothing in it waits for the device."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.data.loader import MicroBatch, Rows, assemble
+from trainer.loop import optim
+from trainer.loop.forward import Path, losses
+from trainer.models.load import Loaded
+
+
+def draw_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:
+    """The seed of one micro-batch's random draws (dropout): a pure function, so that no state needs saving."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Marks:
+    """Times between points of a step, in seconds: the host's clock on a CPU, events in the device's stream on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note this point."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between one mark and the next; on a GPU only when the last one has completed."""
+        if self._cuda:
+            return [a.elapsed_time(b) / 1000 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+    def wait(self) -> None:
+        """Block until the last mark has been passed."""
+        if self._cuda:
+            self._marks[-1].synchronize()
+
+    def passed(self) -> bool:
+        """Whether the last mark has been passed."""
+        return not self._cuda or self._marks[-1].query()
+
+
+@dataclass
+class StepRecord:
+    """One step on its way to the metrics: host facts now, device values when their copy has arrived."""
+
+    step: int
+    rate: float
+    rows: tuple[int, ...]
+    labels_of_row: list[int]
+    labels: int
+    tokens: int
+    data_s: float
+    marks: Marks
+    values: torch.Tensor = field(repr=False)  # (2 + rows,): gradient norm, flag, loss sum of each row
+
+    def arrive(self) -> tuple[float, float, bool, list[float]]:
+        """(loss, gradient norm, non-finite, loss sum of each row); waits for the copy on a GPU."""
+        self.marks.wait()
+        norm, flag, *sums = self.values.tolist()
+        return float(np.sum(sums)) / self.labels, norm, flag > 0, sums
+
+
+class Stepper:
+    """Holds model, optimizer and loss path, and takes steps. Used by training and by the smoke test alike."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        trained: nn.Module,
+        path: Path,
+        *,
+        device: str,
+        max_grad_norm: float,
+        weight_decay: float,
+        optimizer: str,
+        seed: int,
+        fp16: bool,
+    ) -> None:
+        self.model: PreTrainedModel = loaded.model
+        self.trained = trained
+        self.path = path
+        self.device = device
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.named = optim.trainable(trained)
+        self.optimizer = optim.build(self.named, weight_decay=weight_decay, kind=optimizer)
+        optim.allocate(self.optimizer)
+        self.guard = optim.StepGuard(device)
+        self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=fp16)
+        self._parameters = [parameter for _, parameter in self.named]
+
+    def step(
+        self, number: int, micro_rows: list[np.ndarray], cache: Rows, rate: float, interrupt: Any = None
+    ) -> StepRecord | None:
+        """Train step `number` on the rows of each micro-batch; None when `interrupt()` said so before the update.
+
+        The gradient is that of the summed label losses over the labels of all micro-batches together.
+        """
+        started = time.perf_counter()
+        labels = sum(
+            int((np.asarray(cache.labels(int(row)))[1:] > 0).sum()) for rows in micro_rows for row in rows
+        )
+        data_s = time.perf_counter() - started
+        marks = Marks(self.device)
+        marks.mark()
+        sums, labels_of_row, row_ids, tokens = [], [], [], 0
+        for micro, rows in enumerate(micro_rows):
+            if interrupt is not None and interrupt():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            started = time.perf_counter()
+            batch = assemble(cache, rows, self.device)
+            data_s += time.perf_counter() - started
+            torch.manual_seed(draw_seed(self.seed, number, micro))
+            sums.append(self._backward(batch, labels))
+            labels_of_row += batch.labels_of_row
+            row_ids += batch.rows
+            tokens += batch.tokens
+        marks.mark()
+        norm = self._update(rate, sums)
+        values = self._to_host(torch.cat([norm.float().reshape(1), self.guard.flag.reshape(1), *sums]))
+        marks.mark()
+        return StepRecord(number, rate, tuple(row_ids), labels_of_row, labels, tokens, data_s, marks, values)
+
+    def _backward(self, batch: MicroBatch, labels: int) -> torch.Tensor:
+        """Add this micro-batch's gradient; returns the loss sum of each of its rows, (rows,) on the device."""
+        found = losses(self.model, batch, self.path)
+        self.scaler.scale(found.sum() / labels).backward()
+        sums = torch.zeros(len(batch.rows), dtype=torch.float32, device=found.device)
+        return sums.index_add_(0, batch.label_row, found.detach())
+
+    def _update(self, rate: float, sums: list[torch.Tensor]) -> torch.Tensor:
+        """Clip and update; returns the gradient norm before clipping, 0-dim on the device."""
+        fp16 = self.scaler.is_enabled()
+        if fp16:
+            self.scaler.unscale_(self.optimizer)
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+        total = torch.stack([part.sum() for part in sums]).sum()
+        # an overflowing gradient is everyday in fp16: the scaler skips that step and halves its scale
+        self.guard.see(total) if fp16 else self.guard.see(total, norm)
+        if fp16:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.guard.step(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
+        if values.device.type != "cuda":
+            return values.clone()
+        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return pinned.copy_(values, non_blocking=True)

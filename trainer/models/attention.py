@@ -1,0 +1,220 @@
+"""Attention inside documents: several rows stand in one line of tokens and none sees another.
+
+Registered with transformers as "signalbox_documents"; the loop passes `documents=Documents(...)` to the model, which hands it
+to every layer. Shapes: H heads, T tokens of the micro-batch, D head size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "signalbox_documents"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a micro-batch begin and end: `borders` = (0, end of first, ..., T), also as int32 on the device."""
+
+    borders: tuple[int, ...]
+    cumulative: torch.Tensor  # (documents + 1,)
+    longest: int
+
+
+class DocumentAttention:
+    """The attention function, with a count of the kernels it really called (`calls`)."""
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.calls: Counter[str] = Counter()
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        documents: Documents | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, T, H, D)."""
+        if (
+            documents is None
+        ):  # generation and reference passes: one sequence with a cache, transformers' own path
+            self.calls["sdpa"] += 1
+            return sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                softcap=softcap,
+                **kwargs,
+            )
+        if kwargs.get("s_aux") is not None:
+            raise NotImplementedError("attention sinks")
+        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if self.kernel != "sdpa" and half and softcap is None and dropout == 0.0:
+            self.calls[self.kernel] += 1
+            function = _varlen if self.kernel == "varlen" else _flash
+            return function(query, key, value, documents, scaling, sliding_window), None
+        self.calls["sdpa per document"] += 1
+        return _each_document(query, key, value, documents, dropout, scaling, sliding_window, softcap), None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """FlashAttention-2 (Dao 2023) as torch ships it; needs CUDA and a half format."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, D)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        documents.cumulative,
+        documents.cumulative,
+        documents.longest,
+        documents.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """The same kernel from the flash-attn package, for a torch whose own has another signature."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    borders, longest = documents.cumulative, documents.longest
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    return out.unsqueeze(0)
+
+
+def _each_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    dropout: float,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Exact everywhere: plain causal attention, one document after the other."""
+    parts = []
+    grouped = query.shape[1] != key.shape[1]
+    for start, end in zip(documents.borders, documents.borders[1:], strict=False):
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        if softcap is not None:
+            parts.append(_capped(q, k, v, dropout, scaling, window, softcap))
+            continue
+        mask = None if window is None or end - start <= window else _band(end - start, window, query.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """(length, length), True where a token sees another: itself and the `window` - 1 before it."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - window)
+
+
+def _capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout: float,
+    scaling: float,
+    window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Scores pressed into +-softcap by tanh before the softmax (Gemma 2, arXiv:2408.00118, section 2)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.tanh(q @ k.transpose(2, 3) * scaling / softcap) * softcap  # (1, H, T, T)
+    seen = _band(q.shape[2], window or q.shape[2], q.device)
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask tensor for our own function; a caller with padding gets transformers' own."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def choose_kernel(device: str) -> str:
+    """The fastest exact kernel this device and this installation have: "varlen", "flash_attn" or "sdpa"."""
+    if not device.startswith("cuda") or torch.cuda.get_device_capability()[0] < 8:
+        return "sdpa"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        import inspect
+
+        from torch.nn.attention.varlen import varlen_attn
+
+        if {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+            return "varlen"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") is not None else "sdpa"
+
+
+def register(kernel: str) -> DocumentAttention:
+    """Make a fresh attention function known to transformers under NAME and return it."""
+    attention = DocumentAttention(kernel)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    return attention

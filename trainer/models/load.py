@@ -1,0 +1,92 @@
+"""From a model directory to a model and a tokenizer in memory. Model code of the directory is never run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from trainer.launch import base_of
+from trainer.models import attention
+from trainer.refusal import Refusal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# keys in a model's config.json that would choose a kernel, and could make transformers ask a hub for it
+KERNEL_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device with the attention function it calls."""
+
+    model: PreTrainedModel
+    attention: attention.DocumentAttention
+    base_path: Path
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the directory holds LoRA matrices instead of a whole model."""
+    return (path / "adapter_config.json").exists()
+
+
+def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = False) -> Loaded:
+    """Load the full model at `path`, or the base of the adapter at `path`, with document attention.
+
+    Raises Refusal in words when the directory does not load; run `check-model` for the whole report.
+    """
+    base = base_of(path) if is_adapter(path) else path
+    function = attention.register(attention.choose_kernel(device))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    extra: dict[str, Any] = {"quantization_config": _four_bits()} if quantise else {}
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        for key in KERNEL_KEYS:
+            config.__dict__.pop(key, None)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise Refusal(
+            f"Cannot load the model {base.name}: {reason}. `python -m trainer check-model` names the file.",
+            "model_path",
+        ) from error
+    missing = sorted(report.get("missing_keys") or [])
+    if missing:  # transformers fills these with random numbers and goes on
+        raise Refusal(
+            f"Cannot train {base.name}: {len(missing)} tensors are missing, first {missing[0]}. Download it again.",
+            "model_path",
+        )
+    model.config.use_cache = False
+    return Loaded(model if quantise else model.to(device), function, base)
+
+
+def _four_bits() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,0 +1,251 @@
+"""A run is a directory: its paths, how it is made, and its status, derived from what the trainer wrote."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import locks
+from trainer.events import read_events
+from trainer.files import make_private_dir, read_json, write_json
+from trainer.metrics import RECORD, read_records
+from trainer.refusal import Refusal
+from trainer.states import LIFECYCLE, LIVE_STATES, State, derive
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The directory's name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """Resolved snapshot, written once."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One record a step."""
+        return self.path / "metrics.bin"
+
+    @property
+    def rows(self) -> Path:
+        """Row ids, loss sums and label counts of each step."""
+        return self.path / "rows.bin"
+
+    @property
+    def telemetry(self) -> Path:
+        """Memory, heat and power, once a second."""
+        return self.path / "telemetry.bin"
+
+    @property
+    def events(self) -> Path:
+        """Rare things, numbered."""
+        return self.path / "events.jsonl"
+
+    @property
+    def control(self) -> Path:
+        """Commands waiting for the trainer."""
+        return self.path / "control"
+
+    @property
+    def notes(self) -> Path:
+        """Name and purpose, written by the page only."""
+        return self.path / "notes.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Saved states of the run."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held while the trainer lives."""
+        return self.path / "lock"
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the run was started with; Refusal when this is no run directory."""
+        try:
+            return read_json(self.config)
+        except FileNotFoundError:
+            raise Refusal(f"{self.path} is not a run: it has no config.json.") from None
+
+    def read_notes(self) -> dict[str, Any]:
+        """Name and purpose as the page left them."""
+        return read_json(self.notes) if self.notes.exists() else {}
+
+
+def new_run_id(now_s: float | None = None) -> str:
+    """YYYYMMDD-HHMMSS-xxxx: sorts by time, unique by chance."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.localtime(now_s)) + secrets.token_hex(2)
+
+
+def create_run(
+    runs: Path, snapshot: dict[str, Any], output: Path | None = None, notes: dict[str, Any] | None = None
+) -> RunDir:
+    """Make the directory of a new run and write its snapshot. A non-empty `output` is refused, nothing is overwritten."""
+    path = output if output is not None else runs / new_run_id()
+    try:
+        if path.exists() and any(path.iterdir()):
+            raise Refusal(f"{path} is not empty. Choose an empty folder for the run, or leave --output out.")
+        make_private_dir(path)
+        run = RunDir(path.resolve())
+        for folder in (run.control, run.checkpoints):
+            make_private_dir(folder)
+        if notes:
+            write_json(run.notes, notes)
+        write_json(run.config, {"run_id": run.run_id, "created": time.time(), **snapshot})
+    except OSError as error:
+        raise Refusal(
+            f"Cannot write the run to {path}: {error.strerror or error}. Choose another folder."
+        ) from None
+    return run
+
+
+@dataclass
+class Status:
+    """What a person wants to know of a run; None where it is not known (never 0 instead)."""
+
+    run_id: str
+    state: State
+    phase: str | None = None
+    phase_done: int | None = None
+    phase_total: int | None = None
+    current_step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    held_out_loss: float | None = None
+    best_held_out: float | None = None
+    best_step: int | None = None
+    tokens_per_s: float | None = None
+    seconds_a_step: float | None = None
+    eta_s: float | None = None
+    peak_gib: float | None = None
+    model_display_name: str = ""
+    model_path: str = ""
+    profile: str | None = None
+    method: str = ""
+    current_file: str = ""
+    name: str = ""
+    why: str = ""
+    owner: str = ""
+    started_at: float | None = None
+    ended_at: float | None = None
+    last_sign: float | None = None
+    cause: str | None = None
+    cause_step: int | None = None
+    last_checkpoint_step: int | None = None
+    gen: int = 0
+    steps_per_epoch: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, for `status --json`."""
+        return asdict(self)
+
+
+class StatusReader:
+    """Reads a run's status again and again at the cost of what is new; one reader for each run, any thread, one at a time."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._cursor = 0
+        self._last: str | None = None
+        self._status = Status(run.run_id, "queued")
+        self._from_snapshot()
+
+    def _from_snapshot(self) -> None:
+        snapshot = self._run.snapshot()
+        config = snapshot.get("config", {})
+        status = self._status
+        status.model_display_name = snapshot.get("model", {}).get("display_name", "")
+        status.model_path = config.get("model_path", "")
+        status.profile = snapshot.get("profile", {}).get("name")
+        status.method = config.get("hyperparams", {}).get("method", "")
+        files = snapshot.get("data", {}).get("files", [])
+        status.current_file = files[0]["name"] if files else ""
+
+    def read(self) -> Status:
+        """The status now."""
+        events, self._cursor = read_events(self._run.events, self._cursor)
+        for event in events:
+            self._apply(event)
+        status = self._status
+        # the lock is probed after the events were read: a run that ends in between shows its end at the next read
+        status.state = derive(locks.is_held(self._run.lock), self._last)
+        notes = self._run.read_notes()
+        status.name, status.why = notes.get("name", ""), notes.get("why", "")
+        self._from_metrics()
+        return status
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        status, kind, at = self._status, event["kind"], event.get("t")
+        status.last_sign = at
+        if kind in LIFECYCLE:
+            self._last = kind
+        if kind in ("started", "resumed"):
+            status.started_at = status.started_at or at
+            status.ended_at = status.cause = status.cause_step = None
+            status.owner = event.get("owner", "")
+            status.gen += 1
+        elif kind == "rewind":
+            status.gen += 1
+        elif kind == "phase":
+            status.phase = event.get("name")
+            status.phase_done, status.phase_total = event.get("done"), event.get("total")
+        elif kind == "plan":
+            status.total_steps, status.steps_per_epoch = (
+                event.get("total_steps"),
+                event.get("steps_per_epoch"),
+            )
+        elif kind == "eval":
+            status.held_out_loss = _number(event.get("loss"))
+            if event.get("best"):
+                status.best_held_out, status.best_step = status.held_out_loss, event.get("step")
+        elif kind == "checkpoint":
+            status.last_checkpoint_step = event.get("step")
+        elif kind in ("paused", "stopped", "finished", "failed", "diverged"):
+            status.ended_at, status.phase = at, None
+            status.cause, status.cause_step = event.get("cause"), event.get("step")
+
+    def _from_metrics(self) -> None:
+        status = self._status
+        count = self._run.metrics.stat().st_size // RECORD.itemsize if self._run.metrics.exists() else 0
+        recent = read_records(self._run.metrics, max(0, count - 50))
+        if len(recent) == 0:
+            return
+        last = recent[-1]
+        status.current_step = int(last["step"])
+        status.loss, status.learning_rate = float(last["loss"]), float(last["learning_rate"])
+        status.last_sign = max(status.last_sign or 0.0, float(last["t"]))
+        status.peak_gib = float(last["peak_gib"])
+        seconds = float(np.median(recent["seconds"]))
+        status.seconds_a_step = seconds
+        status.tokens_per_s = float(recent["tokens"].sum() / max(recent["seconds"].sum(), 1e-9))
+        if status.steps_per_epoch:
+            status.epoch = status.current_step / status.steps_per_epoch
+        status.eta_s = None
+        if status.total_steps and status.state in LIVE_STATES and status.current_step >= 20:
+            status.eta_s = (status.total_steps - status.current_step) * seconds
+
+
+def status(run: RunDir) -> Status:
+    """The status of `run`, read from nothing; Refusal when this is no run directory."""
+    return StatusReader(run).read()
+
+
+def _number(value: Any) -> float | None:
+    """A number off the wire; the strings nan, inf and -inf are numbers too."""
+    return None if value is None else float(value)

@@ -1,0 +1,221 @@
+"""One life of a run, from taking its lock to its last event: the edge where any fault becomes a sentence in events.jsonl.
+
+Called on the engine's thread or by the command line. Torch is imported inside, on the thread that computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from trainer import checkpoint, control, locks
+from trainer.events import EventLog
+from trainer.launch import Prompt
+from trainer.machine import GIB, Machine
+from trainer.refusal import Refusal
+from trainer.run import RunDir
+from trainer.schema import Config
+from trainer.signals import ControlWatch, Signals
+from trainer.telemetry import Telemetry
+from trainer.worker import Worker
+from trainer.workspace import Workspace
+
+
+@dataclass
+class Life:
+    """An opened run: its lock, its events, and the flags others set. `close` frees the lock, last of all."""
+
+    run: RunDir
+    events: EventLog
+    signals: Signals
+    lock: locks.FileLock
+    number: int
+    poisoned: bool = False
+
+    def close(self) -> None:
+        """Close the events, then free the lock."""
+        self.events.close()
+        self.lock.release()
+
+
+def open_life(run: RunDir, owner: str, *, resumed: bool) -> Life:
+    """Take the run's lock and write its first event; Refusal when another process trains it."""
+    lock = locks.FileLock(run.lock)
+    if not lock.acquire({"owner": owner, "pid": os.getpid()}):
+        raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
+    control.clear(run.control)
+    lives = _lives(run)
+    events = EventLog(run.events)
+    events.append("resumed" if resumed else "started", owner=owner, life=lives + 1)
+    return Life(run, events, Signals(), lock, lives + 1)
+
+
+def _lives(run: RunDir) -> int:
+    from trainer.events import read_events
+
+    events, _ = read_events(run.events)
+    return sum(event["kind"] in ("started", "resumed") for event in events)
+
+
+def train_to_end(
+    life: Life,
+    workspace: Workspace,
+    worker: Worker,
+    machine: Machine,
+    *,
+    skip_eval: bool = False,
+    echo: Callable[[str], None] | None = None,
+) -> str:
+    """Train `life.run` until it ends, write the last event, free everything; returns the last event's kind.
+
+    Never raises for what happens inside: a Refusal or a fault becomes a `failed` event with its cause.
+    """
+
+    def say(text: str) -> None:
+        life.events.append("log", text=text)
+        if echo is not None:
+            echo(text)
+
+    watch = ControlWatch(life.run.control, life.events, life.signals)
+    watch.start()
+    gpu = machine.gpu
+    telemetry = Telemetry(life.run.telemetry, _allocator if gpu else None, gpu.index if gpu else None)
+    telemetry.start()
+    try:
+        kind, fields = _attempt(life, workspace, worker, machine, telemetry, skip_eval, say)
+        fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
+        if kind == "failed" and echo is not None:
+            print(fields["cause"], file=sys.stderr)
+        life.events.append(kind, **fields)
+        return kind
+    finally:
+        telemetry.stop()
+        watch.stop()
+        life.close()
+
+
+def _attempt(
+    life: Life,
+    workspace: Workspace,
+    worker: Worker,
+    machine: Machine,
+    telemetry: Telemetry,
+    skip_eval: bool,
+    say: Callable[[str], None],
+) -> tuple[str, dict[str, Any]]:
+    """Run the loop; whatever is raised becomes ("failed", cause), with no frame and no tensor kept alive."""
+    fields: dict[str, Any] = {}
+    try:
+        kind, fields = _run(life, workspace, worker, machine, telemetry, skip_eval, say)
+    except Refusal as refusal:
+        kind, fields = "failed", {"cause": refusal.message, "field": refusal.field}
+        traceback.clear_frames(refusal.__traceback__)
+    except Exception as error:  # the thread's edge: nothing above could do anything but print it
+        text = "".join(traceback.format_exception(error))
+        kind, fields = "failed", {"cause": _cause(error), "detail": text[-20_000:]}
+        traceback.clear_frames(error.__traceback__)
+        life.poisoned = _poisoned(error)
+    fields.setdefault("memory_before_gib", used_gib(machine.gpu is not None))
+    return kind, fields
+
+
+def _run(
+    life: Life,
+    workspace: Workspace,
+    worker: Worker,
+    machine: Machine,
+    telemetry: Telemetry,
+    skip_eval: bool,
+    say: Callable[[str], None],
+) -> tuple[str, dict[str, Any]]:
+    import torch
+
+    from trainer.loop.prepare import Left, pick_device
+    from trainer.loop.train import Surroundings, Training
+
+    snapshot = life.run.snapshot()
+    config = Config.model_validate(snapshot["config"])
+    prompt = Prompt(
+        snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"]
+    )
+    # a run cut off before its first save has nothing to go back to and starts over; damaged checkpoints refuse
+    found = (
+        checkpoint.newest_verified(life.run.checkpoints) if checkpoint.listed(life.run.checkpoints) else None
+    )
+    torch.set_num_threads(snapshot["threads"])
+    device = pick_device(machine.device)
+    around = Surroundings(
+        life.run,
+        life.events,
+        life.signals,
+        telemetry,
+        worker,
+        workspace.tokens,
+        workspace.profiles,
+        device,
+        machine.gpu.name if machine.gpu else machine.cpu_name,
+        torch.get_num_threads(),
+        life.number,
+        say,
+    )
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    training = Training(around, config, prompt, skip_eval)
+    try:
+        training.prepare(found)
+        outcome = training.loop()
+    except Left:
+        wish = life.signals.wish
+        return "paused" if wish.end == "pause" else "stopped", {
+            "step": found.step if found else 0,
+            "by": wish.by,
+        }
+    before = used_gib(device != "cpu")
+    return outcome.kind, {"step": outcome.step, "memory_before_gib": before, **outcome.fields}
+
+
+def _allocator() -> tuple[float, float]:
+    """(allocated, reserved) GiB of torch's allocator on the GPU; zeros until torch is there."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0, 0.0
+    return torch.cuda.memory_allocated() / GIB, torch.cuda.memory_reserved() / GIB
+
+
+def used_gib(gpu: bool) -> float:
+    """Memory in use: of torch's allocator on a GPU, of the process on a CPU."""
+    return _allocator()[1] if gpu else psutil.Process().memory_info().rss / GIB
+
+
+def free_memory(gpu: bool, before_gib: float | None) -> dict[str, float | None]:
+    """Collect, give memory back, and measure: {"memory_before_gib", "memory_after_gib"}."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if gpu and torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # glibc keeps freed pages otherwise, and the receipt would call that a leak
+    return {"memory_before_gib": before_gib, "memory_after_gib": used_gib(gpu)}
+
+
+def _cause(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"Out of memory while loading or preparing: {first} Lower the micro-batch or the maximum length, or use LoRA."
+    return f"{type(error).__name__}: {first}"
+
+
+def _poisoned(error: Exception) -> bool:
+    """Whether CUDA itself is broken now, so that only a new process can train (exit code 75 asks the supervisor)."""
+    text = str(error)
+    return "CUDA error" in text or "device-side assert" in text

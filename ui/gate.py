@@ -1,0 +1,344 @@
+"""The gate: what speaks for and against a start, one line a fact, as a pure function of form and facts.
+
+Only what cannot train blocks; everything else is said and left to the person. Called by `ui/routes_train.py`
+for the page and by the start handler, which decides by the same lines that the page shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import Config
+from trainer.fields import FieldProblem
+from trainer.fields import field as setting
+from trainer.values import as_text
+from ui import numbers
+from ui.form_state import changed_titles
+from ui.gate_facts import Action, DataFact, Facts, GateLine, Offer, Status
+
+_ORDER: dict[Status, int] = {"problem": 0, "warning": 1, "not-run": 2, "pass": 3, "not-possible": 4}
+RATE_FACTOR = 5.0
+"""A learning rate this many times that of the last good run, or less than one over it, is worth a warning."""
+
+
+def gate_lines(config: Config | None, problems: list[FieldProblem], facts: Facts) -> list[GateLine]:
+    """All lines, worst first; within a status in the order of thought."""
+    lines = [_problem(p) for p in problems]
+    if config is not None:
+        known = {p.field for p in problems}
+        lines += [line for line in _chosen(config, facts) if not known & set(line.fields)]
+        lines += _device(config, facts) + _memory(facts) + _disk(facts) + _plan(config, facts)
+        lines += _last_good(facts) + [_smoke(config, facts)]
+    if facts.busy:
+        lines.append(_busy(facts))
+    return sorted(lines, key=lambda line: (_ORDER[line.status], not line.blocks))
+
+
+def blocking(lines: list[GateLine]) -> list[GateLine]:
+    """The lines for which a start is refused."""
+    return [line for line in lines if line.blocks]
+
+
+def headline(lines: list[GateLine]) -> tuple[Status, str]:
+    """The gate in a few words, with the status of its worst line: "1 problem", "2 warnings", "Ready"."""
+    problems = sum(line.status == "problem" for line in lines)
+    warnings = sum(line.status == "warning" for line in lines)
+    if problems:
+        return "problem", f"{problems} problem{'s' if problems > 1 else ''}"
+    if any(line.status == "not-run" and line.code in ("model", "data") for line in lines):
+        return "not-run", "Checking"
+    if warnings:
+        return "warning", f"{warnings} warning{'s' if warnings > 1 else ''}"
+    return "pass", "Ready"
+
+
+def _go(key: str, text: str = "Go to the field") -> Action:
+    return Action(text, "field", field=key)
+
+
+def _problem(problem: FieldProblem) -> GateLine:
+    text = problem.message[:1].upper() + problem.message[1:]
+    actions = (_go(problem.field),) if problem.field else ()
+    return GateLine(
+        "settings", "problem", text, actions, (problem.field,) if problem.field else (), blocks=True
+    )
+
+
+def _chosen(config: Config, facts: Facts) -> list[GateLine]:
+    return [*_model(config, facts), *_data(config, facts), *_profile(config, facts)]
+
+
+def _model(config: Config, facts: Facts) -> list[GateLine]:
+    key = ("model_path",)
+    if not config.model_path:
+        return [
+            GateLine(
+                "model", "problem", "No model is chosen.", (_go("model_path", "Choose a model"),), key, True
+            )
+        ]
+    fact = facts.model
+    if fact is None or fact.state == "checking":
+        return [GateLine("model", "not-run", "Model: being checked.", (), key)]
+    if not fact.valid:
+        first, fix = fact.problems[0] if fact.problems else ("it is not a model folder.", "")
+        text = f"Cannot train this folder: {first[:1].lower() + first[1:]} {fix}".strip()
+        more = tuple(f"{sentence} {cure}".strip() for sentence, cure in fact.problems[1:])
+        link = Action("See the report", "link", href="models")
+        return [GateLine("model", "problem", text, (link,), key, True, more)]
+    lines = [GateLine("model", "pass", f"Model: {fact.summary}.", (), key)]
+    lines += [GateLine("model-note", "warning", warning, (), key) for warning in fact.warnings]
+    if fact.is_adapter and config.hyperparams.method == "full":
+        text = f"{fact.name} is a LoRA adapter: it is trained on with LoRA, not full."
+        use = Action("LoRA", "set", values={"hyperparams.method": "lora"})
+        lines.append(GateLine("adapter", "problem", text, (use,), ("model_path", "hyperparams.method"), True))
+    return lines
+
+
+def _data(config: Config, facts: Facts) -> list[GateLine]:
+    key = ("data.dataset_path", "data.dataset_paths")
+    if not config.data.files:
+        return [
+            GateLine(
+                "data", "problem", "No data is chosen.", (_go("data.dataset_path", "Choose data"),), key, True
+            )
+        ]
+    fact = facts.data
+    if fact is None:
+        return [GateLine("data", "not-run", "Data: being checked.", (), key)]
+    if fact.refusal:
+        return [GateLine("data", "problem", fact.refusal, (_go(key[0]),), key, True)]
+    if fact.state == "checking":
+        part = f", {numbers.percent(fact.done)} done" if fact.done is not None else ""
+        return [GateLine("data", "not-run", f"Data: being checked{part}.", (), key)]
+    stale = changed_titles(fact.judged, config)
+    if stale:
+        text = f"Data: out of date, {_and(stale)} changed. Being checked again."
+        return [GateLine("data", "not-run", text, (), key)]
+    return _usable_rows(config, fact, key) + _long_rows(config, fact)
+
+
+def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[GateLine]:
+    kinds = " · ".join(f"{numbers.count(n)} {kind}" for kind, n in fact.kinds)
+    look = Action("Show them", "link", href="data")
+    if not fact.usable:
+        text = f"None of {numbers.count(fact.rows)} rows can be used: {kinds or 'the file is empty'}."
+        more = (fact.first_problem,) if fact.first_problem else ()
+        return [GateLine("data", "problem", text, (look,), key, True, more)]
+    if fact.labels == 0:
+        text = "There are no labels: the model would learn nothing from these rows."
+        return [GateLine("data", "problem", text, (look,), key, True)]
+    share = (
+        f", {numbers.percent(fact.label_share)} of the tokens are labels"
+        if fact.label_share is not None
+        else ""
+    )
+    if fact.usable < fact.rows:
+        bad = fact.rows - fact.usable
+        verb = "have problems" if bad > 1 else "has a problem"
+        text = f"{fact.usable:,} of {fact.rows:,} rows are usable{share}. {bad:,} {verb}: {kinds}."
+        more = (fact.first_problem,) if fact.first_problem else ()
+        return [GateLine("data", "warning", text, (look,), key, more=more)]
+    return [GateLine("data", "pass", f"Data: {fact.usable:,} rows usable{share}.", (), key)]
+
+
+def _long_rows(config: Config, fact: DataFact) -> list[GateLine]:
+    if not fact.too_long:
+        return []
+    keys = ("hyperparams.max_length", "data.too_long")
+    rows = "1 row is" if fact.too_long == 1 else f"{fact.too_long:,} rows are"
+    head = f"{rows} longer than {config.hyperparams.max_length:,} tokens"
+    if config.data.too_long == "refuse":
+        cut = Action("Cut them", "set", values={"data.too_long": "cut"})
+        return [
+            GateLine("too-long", "problem", f"{head}, and 'Rows too long' says refuse.", (cut,), keys, True)
+        ]
+    done = "cut" if config.data.too_long == "cut" else "left out"
+    return [
+        GateLine(
+            "too-long", "warning", f"{head}: they are {done}.", (_go(keys[0], "Change the length"),), keys
+        )
+    ]
+
+
+def _profile(config: Config, facts: Facts) -> list[GateLine]:
+    name, key = config.profile.name, ("profile.name",)
+    if name is None:
+        return []
+    if name not in facts.profiles:
+        text = f"There is no profile '{name}'. There are: {', '.join(facts.profiles)}."
+        return [GateLine("profile", "problem", text, (_go(key[0]),), key, True)]
+    if config.profile.system_prompt:
+        text = f"The system prompt of the config is not used: the profile {name} brings its own."
+        return [
+            GateLine(
+                "profile", "warning", text, (_go("profile.system_prompt"),), (*key, "profile.system_prompt")
+            )
+        ]
+    return []
+
+
+def _device(config: Config, facts: Facts) -> list[GateLine]:
+    lines = []
+    if facts.advice:
+        lines.append(GateLine("device", "warning", facts.advice))
+    h = config.hyperparams
+    if not facts.on_gpu and h.method == "qlora":
+        use = Action("LoRA", "set", values={"hyperparams.method": "lora"})
+        text = "QLoRA needs a GPU; this machine would train on its processor."
+        lines.append(GateLine("qlora", "problem", text, (use,), ("hyperparams.method",), True))
+    if not facts.on_gpu and h.optimizer == "adamw_8bit":
+        use = Action("AdamW", "set", values={"hyperparams.optimizer": "adamw"})
+        text = "The 8-bit optimizer needs a GPU; this machine would train on its processor."
+        lines.append(GateLine("optimizer", "problem", text, (use,), ("hyperparams.optimizer",), True))
+    return lines
+
+
+def _memory(facts: Facts) -> list[GateLine]:
+    fact = facts.memory
+    if fact is None:
+        return []
+    need, free = numbers.memory(fact.needs_gib), numbers.memory(fact.free_gib)
+    keys = tuple({key for offer in fact.offers for key in offer.values})
+    if fact.needs_gib <= fact.free_gib:
+        text = f"Fits: about {need} of {free} free (±{fact.spread:.0%})."
+        return [GateLine("memory", "pass", text.replace("%)", " %)"), (), keys)]
+    actions = tuple(Action(_saving(offer), "set", values=offer.values) for offer in fact.offers)
+    if fact.weights_gib > fact.total_gib:
+        whole = numbers.memory(fact.total_gib)
+        text = (
+            f"Does not fit: the weights alone are {numbers.memory(fact.weights_gib)}, the device has {whole}."
+        )
+        return [GateLine("memory", "problem", text, actions, keys, True)]
+    text = f"Needs about {need} (±{fact.spread * 100:.0f} %); {free} is free."
+    if actions:
+        text += " Any one of these makes it fit:" if len(actions) > 1 else " This makes it fit:"
+    return [GateLine("memory", "problem", text, actions, keys)]
+
+
+def _saving(offer: Offer) -> str:
+    cost = f", {offer.cost}" if offer.cost else ""
+    return f"{offer.text} −{numbers.memory(offer.saves_gib)}{cost}"
+
+
+def _disk(facts: Facts) -> list[GateLine]:
+    fact, keys = facts.disk, ("output.save_steps", "output.save_total_limit")
+    if fact is None:
+        return []
+    if not fact.writable:
+        return [
+            GateLine(
+                "disk", "problem", "The workspace cannot be written, so nothing could be saved.", blocks=True
+            )
+        ]
+    needed, free = numbers.disk(fact.needed_bytes), numbers.disk(fact.free_bytes)
+    if fact.one_bytes > fact.free_bytes:
+        text = f"The disk has {free} free; one checkpoint needs {numbers.disk(fact.one_bytes)}."
+        return [GateLine("disk", "problem", text, (), keys, True)]
+    if fact.needed_bytes > fact.free_bytes:
+        text = f"The disk may fill up: {needed} needed, {free} free."
+        return [GateLine("disk", "warning", text, (_go(keys[1], "Keep fewer checkpoints"),), keys)]
+    return [GateLine("disk", "pass", f"Disk: {needed} needed, {free} free.", (), keys)]
+
+
+def _plan(config: Config, facts: Facts) -> list[GateLine]:
+    lines, steps, h = [], facts.steps, config.hyperparams
+    if steps is not None and h.warmup_steps >= steps > 0 and h.learning_rate > 0:
+        word = "step" if steps == 1 else "steps"
+        text = f"The warm-up ({h.warmup_steps:,} steps) is not over when the run ends ({steps:,} {word})."
+        shorter = str(max(steps // 10, 0))
+        use = Action(f"Warm-up {shorter}", "set", values={"hyperparams.warmup_steps": shorter})
+        lines.append(GateLine("warm-up", "warning", text, (use,), ("hyperparams.warmup_steps",)))
+    if h.learning_rate == 0:
+        text = "The learning rate is 0: the weights will not change."
+        lines.append(
+            GateLine(
+                "rate-0", "warning", text, (_go("hyperparams.learning_rate"),), ("hyperparams.learning_rate",)
+            )
+        )
+    if config.eval.eval_strategy != "no" and not (
+        config.data.validation_split or config.data.validation_dataset_path
+    ):
+        text = "No rows are held out, so there will be no held-out loss."
+        lines.append(
+            GateLine("held-out", "warning", text, (_go("data.validation_split"),), ("data.validation_split",))
+        )
+    return lines
+
+
+def _last_good(facts: Facts) -> list[GateLine]:
+    if not facts.last_good:
+        return []
+    changes = [
+        change for change in facts.last_changes if change.field not in ("model_name", "model_display_name")
+    ]
+    if not changes:
+        return [GateLine("last-good", "pass", f"Same settings as your last good run ({facts.last_good}).")]
+    more = tuple(f"{c.title}: {_shown(c.field, c.before)} → {_shown(c.field, c.after)}" for c in changes)
+    rate = next((c for c in changes if c.field == "hyperparams.learning_rate"), None)
+    if rate is not None and rate.before and rate.after:
+        factor = rate.after / rate.before
+        if factor >= RATE_FACTOR or factor <= 1 / RATE_FACTOR:
+            text = (
+                f"Learning rate is {numbers.rate(rate.after)}, {_times(factor)} that of your last good run."
+            )
+            key = "hyperparams.learning_rate"
+            back = Action(numbers.rate(rate.before), "set", values={key: as_text(setting(key), rate.before)})
+            return [GateLine("last-good", "warning", text, (back,), (key,), more=more)]
+    text = f"{len(changes)} setting{'s differ' if len(changes) > 1 else ' differs'} from your last good run."
+    return [GateLine("last-good", "pass", text, more=more)]
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.0f} times" if factor >= 1 else f"1/{1 / factor:.0f} of"
+
+
+def _shown(key: str, value: Any) -> str:
+    text = as_text(setting(key), value).replace("\n", ", ")
+    return (text if len(text) <= 60 else "…" + text[-59:]) or "empty"
+
+
+def _smoke(config: Config, facts: Facts) -> GateLine:
+    fact = facts.smoke
+    if fact is None:
+        return GateLine("smoke", "not-run", "Smoke test: not run for these settings.")
+    more = tuple(f"{status}: {text}" for status, text in fact.lines)
+    fields = tuple(fact.judged)
+    if fact.state == "running":
+        return GateLine(
+            "smoke", "not-run", f"Smoke test: running, {len(fact.lines)} checks done.", (), fields, more=more
+        )
+    stale = changed_titles(fact.judged, config)
+    if stale:
+        return GateLine(
+            "smoke", "not-run", f"Smoke test: out of date, {_and(stale)} changed.", (), fields, more=more
+        )
+    total, rest = fact.passed + fact.failed, ""
+    if fact.not_possible:
+        rest = f" {fact.not_possible} not possible here."
+    if fact.failed or fact.state == "failed":
+        first = next(
+            (text for status, text in fact.lines if status == "problem"), "It did not come to its end."
+        )
+        head = f"Smoke test: failed {fact.failed} of {total}: {first[:1].lower() + first[1:]}"
+        text = f"{head}{rest} Start is still possible."
+        return GateLine("smoke", "problem", text, (), fields, more=more)
+    took = f" in {numbers.duration(fact.seconds)}" if fact.seconds is not None else ""
+    peak = f" Peak {numbers.memory(fact.peak_gib)}." if fact.peak_gib is not None else ""
+    return GateLine(
+        "smoke",
+        "pass",
+        f"Smoke test: passed {fact.passed} of {total}{took}.{peak}{rest}",
+        (),
+        fields,
+        more=more,
+    )
+
+
+def _busy(facts: Facts) -> GateLine:
+    look = (Action("Look at it", "link", href=f"live?run={facts.busy_run}" if facts.busy_run else "live"),)
+    return GateLine("busy", "problem", facts.busy, look, blocks=True)
+
+
+def _and(words: list[str]) -> str:
+    shown = words[:3] + ([f"{len(words) - 3} more"] if len(words) > 3 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

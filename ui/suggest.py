@@ -1,0 +1,116 @@
+"""Suggested settings for this model, data and device, each with its reason. Pure; called by `ui/routes_train.py`.
+
+Settings that a person has set are left alone. The rules are few and plain on purpose: each one can be said in a
+sentence, and that sentence is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import Config, as_text, get
+from trainer.config import field as setting
+from ui.derived import Plan, plan_of
+from ui.gate_facts import Facts
+from ui.train_actions import METHOD_RATES, RATE
+
+FEW_ROWS = 500
+STEPS_AN_EPOCH = 10
+CHECKS_A_RUN = 10
+LENGTH_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One value to take over: the setting, what it is now, the text to set, and why."""
+
+    key: str
+    before: Any
+    text: str
+    reason: str
+
+
+def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
+    """Suggestions for every setting not in `chosen`; a value that is the same already is left out."""
+    plan = _plan(config, facts)
+    found: dict[str, Suggestion] = {}
+    for key, value, reason in (*_rate(config), *_length(config, facts), *_size(config, facts, plan), *_rhythm(config, plan)):
+        before = get(config, key)
+        if key not in chosen and key not in found and value != before:
+            found[key] = Suggestion(key, before, as_text(setting(key), value), reason)
+    for key, text, reason in _memory(facts):
+        if key not in chosen:
+            found[key] = Suggestion(key, get(config, key), text, reason)
+    return list(found.values())
+
+
+def _plan(config: Config, facts: Facts) -> Plan:
+    usable = facts.data.usable if facts.data and facts.data.state == "ready" else None
+    return plan_of(config, usable, facts.data.tokens if facts.data else None, bool(config.data.validation_dataset_path))
+
+
+Rule = Iterator[tuple[str, Any, str]]
+
+
+def _rate(config: Config) -> Rule:
+    method = config.hyperparams.method
+    usual = METHOD_RATES[method]
+    ratio = config.hyperparams.learning_rate / usual
+    if not 1 / 5 < ratio < 5:
+        word = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}[method]
+        yield RATE, usual, f"{word[0].upper()}{word[1:]} usually wants about {as_text(setting(RATE), usual)}."
+
+
+def _length(config: Config, facts: Facts) -> Rule:
+    data, key = facts.data, "hyperparams.max_length"
+    if data is None or not data.longest:
+        return
+    enough = _rounded(data.longest)
+    now = config.hyperparams.max_length
+    if enough <= now // 2:
+        yield key, max(enough, 8), f"The longest row has {data.longest:,} tokens; nothing is cut, less memory is needed."
+    elif data.longest > now and data.p99 and _rounded(data.p99) < now // 2:
+        yield key, max(_rounded(data.p99), 8), f"99 % of the rows have at most {data.p99:,} tokens."
+
+
+def _rounded(tokens: int) -> int:
+    return math.ceil(tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _size(config: Config, facts: Facts, plan: Plan) -> Rule:
+    rows, h = plan.trained_rows, config.hyperparams
+    if not rows or h.max_steps is not None:
+        return
+    if rows < FEW_ROWS and h.num_epochs == 1:
+        yield "hyperparams.num_epochs", 3.0, f"With {rows:,} rows one pass is short."
+    wanted = max(1, rows // STEPS_AN_EPOCH)
+    if h.rows_per_step > wanted and h.gradient_accumulation > 1:
+        smaller = max(1, wanted // h.batch_size)
+        reason = f"{rows:,} rows give only {math.ceil(rows / h.rows_per_step)} steps an epoch at {h.rows_per_step} rows a step."
+        yield "hyperparams.gradient_accumulation", smaller, reason
+
+
+def _rhythm(config: Config, plan: Plan) -> Rule:
+    if not plan.steps:
+        return
+    steps, h = plan.steps, config.hyperparams
+    if h.warmup_steps >= steps or (h.warmup_steps > 0 and h.warmup_steps > steps // 3):
+        yield "hyperparams.warmup_steps", steps // 10, f"A tenth of the {steps:,} steps."
+    every = max(1, steps // CHECKS_A_RUN)
+    if config.eval.eval_strategy == "steps" and not steps / 100 <= config.eval.eval_steps <= steps / 2:
+        yield "eval.eval_steps", every, f"About {min(CHECKS_A_RUN, steps)} held-out checks in {steps:,} steps."
+    save = config.output.save_steps
+    if save > 0 and not steps / 100 <= save <= steps / 2:
+        yield "output.save_steps", every, f"A stop loses at most {every:,} of {steps:,} steps."
+
+
+def _memory(facts: Facts) -> Iterator[tuple[str, str, str]]:
+    memory = facts.memory
+    if memory is None or memory.needs_gib <= memory.free_gib or not memory.offers:
+        return
+    offer = memory.offers[0]
+    for key, text in offer.values.items():
+        yield key, text, f"Makes it fit: about {offer.saves_gib:.1f} GiB less{f', {offer.cost}' if offer.cost else ''}."
