@@ -73,12 +73,8 @@ def base_files() -> list[bytes]:
     return [
         save({}),
         save({"a": np.zeros((), np.float32)}),
-        save(
-            {"a": np.zeros((0, 3), np.float16), "b": np.arange(5, dtype=np.int64), "c": np.ones(3, np.uint8)}
-        ),
-        save(
-            {name: rng.normal(size=(3, 2)).astype(np.float32) for name in names}, {"format": "pt", "ä": "🤔"}
-        ),
+        save({"a": np.zeros((0, 3), np.float16), "b": np.arange(5, dtype=np.int64), "c": np.ones(3, np.uint8)}),
+        save({name: rng.normal(size=(3, 2)).astype(np.float32) for name in names}, {"format": "pt", "ä": "🤔"}),
         frame('{"x":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}'),
     ]
 
@@ -96,17 +92,13 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         cut = rng.randrange(len(content) + 1)
         return rng.choice([content[:cut], content + rng.randbytes(rng.randrange(1, 9)), content[:-1]])
     if kind == 2:  # the length field lies
-        lie = rng.choice(
-            [0, length - 1, length + 1, 100_000_000, 100_000_001, 2**63, 2**64 - 1, rng.randrange(2**16)]
-        )
+        lie = rng.choice([0, length - 1, length + 1, 100_000_000, 100_000_001, 2**63, 2**64 - 1, rng.randrange(2**16)])
         return lie.to_bytes(8, "little") + content[8:]
     if kind == 3:  # a piece of the header is doubled, dropped or padded
         start = rng.randrange(length)
         stop = min(length, start + rng.randrange(1, 30))
         piece = header[start:stop]
-        new = rng.choice(
-            [header[:stop] + piece + header[stop:], header[:start] + header[stop:], header + b"  \n"]
-        )
+        new = rng.choice([header[:stop] + piece + header[stop:], header[:start] + header[stop:], header + b"  \n"])
         return frame(new, data)
     if kind == 4:  # raw JSON that other parsers take
         spot = rng.choice([b"[", b":", b","])

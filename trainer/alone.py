@@ -30,6 +30,11 @@ def owner_here() -> str:
     return os.environ.get("USER") or "command line"
 
 
+def ask_stop(signals: Signals) -> None:
+    """What a signal does: stop at the step."""
+    signals.ask("stop", "signal")
+
+
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
@@ -47,13 +52,9 @@ def train_alone(workspace: Workspace, config: Config, output: Path | None, skip_
     """Train a new run to its end; exit status 0, or 2 when it failed or diverged."""
     here = machine()
     launch.check_paths(config)
-    lock = lease.acquire(
-        here.device, kind="train", owner=owner_here(), run_id="", name=launch.auto_name(config)
-    )
+    lock = lease.acquire(here.device, kind="train", owner=owner_here(), run_id="", name=launch.auto_name(config))
     try:
-        run, _ = launch.new_run(
-            workspace, config, here, owner=owner_here(), threads=threads_for(here), output=output
-        )
+        run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads_for(here), output=output)
         print(f"Run directory: {run.path}", flush=True)
         return _to_end(open_life(run, owner_here(), resumed=False), workspace, skip_eval)
     finally:
@@ -79,7 +80,7 @@ def resume_alone(run: RunDir, quiet: bool) -> int:
 
 
 def _to_end(life: Life, workspace: Workspace, skip_eval: bool, quiet: bool = False) -> int:
-    install_stop(lambda: life.signals.ask("stop", "signal"))
+    install_stop(lambda: ask_stop(life.signals))
     worker = Worker()
     run = life.run
     try:
@@ -111,12 +112,10 @@ def smoke_alone(workspace: Workspace, config: Config, as_json: bool) -> int:
     prompt = launch.prompt_of(config, workspace.profiles)
     lock = lease.acquire(here.device, kind="smoke", owner=owner_here(), run_id="", name=config.display_name)
     worker, signals = Worker(), Signals()
-    install_stop(lambda: signals.ask("stop", "signal"))
+    install_stop(lambda: ask_stop(signals))
     try:
         folder = make_private_dir(workspace.smoke / (time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()))
-        report = run_smoke(
-            folder, config, prompt, workspace, worker, here, threads_for(here), signals.interrupt
-        )
+        report = run_smoke(folder, config, prompt, workspace, worker, here, threads_for(here), signals.interrupt)
     finally:
         worker.close()
         lock.release()

@@ -107,7 +107,7 @@ def listed(checkpoints: Path) -> list[tuple[int, Path]]:
 
 def newest_verified(checkpoints: Path) -> Found:
     """The checkpoint to resume from; Refusal when there is none. Nothing is deleted."""
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for step, path in listed(checkpoints):
         problems = verify(path)
         if not problems:

@@ -27,12 +27,8 @@ REFUSED = 2
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, default=Path("config.json"), help="settings file (default: config.json)"
-    )
-    parser.add_argument(
-        "--workspace", type=Path, default=Path("workspace"), help="where runs and caches live"
-    )
+    parser.add_argument("--config", type=Path, default=Path("config.json"), help="settings file (default: config.json)")
+    parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="where runs and caches live")
     parser.add_argument("--profile", help="profile name; wins over the settings file")
     parser.add_argument("--model", type=Path, help="model folder; wins over the settings file")
     parser.add_argument("--dataset", type=Path, action="append", default=[], help="dataset file; repeatable")
@@ -50,9 +46,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
-    top = argparse.ArgumentParser(
-        prog="python -m trainer", description="Train, test and check without the page."
-    )
+    top = argparse.ArgumentParser(prog="python -m trainer", description="Train, test and check without the page.")
     commands = top.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a run to its end")
     _run_options(train)
@@ -137,9 +131,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.alone import train_alone
 
     config = load_config(arguments)
-    return train_alone(
-        Workspace(arguments.workspace.resolve()).create(), config, arguments.output, arguments.skip_eval
-    )
+    return train_alone(Workspace(arguments.workspace.resolve()).create(), config, arguments.output, arguments.skip_eval)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -155,9 +147,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _smoke(arguments: argparse.Namespace) -> int:
     from trainer.alone import smoke_alone
 
-    return smoke_alone(
-        Workspace(arguments.workspace.resolve()).create(), load_config(arguments), arguments.json
-    )
+    return smoke_alone(Workspace(arguments.workspace.resolve()).create(), load_config(arguments), arguments.json)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -173,9 +163,7 @@ def _ask(arguments: argparse.Namespace) -> int:
     if command not in allowed(state):
         raise Refusal(f"The run is {state}: there is nothing to {arguments.command}.")
     control.drop(run.control, command, by=os.environ.get("USER", "command line"))
-    print(
-        f"Asked: {command}. The run answers in its events; `python -m trainer status {arguments.run}` shows it."
-    )
+    print(f"Asked: {command}. The run answers in its events; `python -m trainer status {arguments.run}` shows it.")
     return 0
 
 
@@ -228,9 +216,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from trainer.alone import ask_worker
 
     model = str(arguments.model.resolve()) if arguments.model else None
-    report = ask_worker(
-        "check_data", path=str(arguments.path.resolve()), model_path=model, profile=arguments.profile
-    )
+    report = ask_worker("check_data", path=str(arguments.path.resolve()), model_path=model, profile=arguments.profile)
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -252,9 +238,7 @@ def _starter(arguments: argparse.Namespace) -> int:
     from trainer.alone import ask_worker
 
     workspace = Workspace(arguments.workspace.resolve()).create()
-    made = ask_worker(
-        "starter", models_root=str(workspace.models_dir), datasets_root=str(workspace.datasets_dir)
-    )
+    made = ask_worker("starter", models_root=str(workspace.models_dir), datasets_root=str(workspace.datasets_dir))
     print(f"Starter model: {made['model']}\nStarter data: {made['dataset']}")
     return 0
 

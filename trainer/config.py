@@ -103,11 +103,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         # utf-8-sig: editors on Windows put a byte order mark in front
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a zero byte
-        reason = (
-            "it is not UTF-8 text"
-            if isinstance(error, UnicodeDecodeError)
-            else getattr(error, "strerror", "")
-        )
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", "")
         text = reason or str(error)
         raise _unreadable(path, text[0].lower() + text[1:]) from None
     try:
@@ -197,9 +193,7 @@ def _problem(detail: Any) -> FieldProblem:
     if not location:  # a rule over several settings; its sentence starts with the key it belongs to
         key, _, text = str(detail["ctx"]["error"]).partition(": ") if "ctx" in detail else ("", "", "")
         return (
-            FieldProblem(key, text + ".")
-            if text
-            else FieldProblem("", f"a config cannot be {shown(detail['input'])}.")
+            FieldProblem(key, text + ".") if text else FieldProblem("", f"a config cannot be {shown(detail['input'])}.")
         )
     known = {info.key: info for info in fields()}
     for length in (2, 1):
@@ -220,9 +214,7 @@ def _entry_problem(info: FieldInfo, inner: list[str], detail: Any) -> FieldProbl
     if detail["type"] == "missing":
         return FieldProblem(info.key, f"{entry} has no {inner[-1]}. Allowed: {info.allowed}.")
     if detail["type"] == "extra_forbidden":
-        return FieldProblem(
-            info.key, f"{entry} has the unknown key {shown(inner[-1])}. Allowed: path and weight."
-        )
+        return FieldProblem(info.key, f"{entry} has the unknown key {shown(inner[-1])}. Allowed: path and weight.")
     allowed = {"path": "text", "weight": "more than 0, up to 100"}
     if inner[-1] in allowed:
         return FieldProblem(info.key, f"{entry}: {inner[-1]} is {value}. Allowed: {allowed[inner[-1]]}.")
@@ -265,9 +257,7 @@ class Change:
 
 def diff(a: Config, b: Config) -> list[Change]:
     """What changed from `a` to `b`, in the order of the schema."""
-    pairs: Iterable[tuple[FieldInfo, Any, Any]] = (
-        (info, get(a, info.key), get(b, info.key)) for info in fields()
-    )
+    pairs: Iterable[tuple[FieldInfo, Any, Any]] = ((info, get(a, info.key), get(b, info.key)) for info in fields())
     return [Change(info.key, info.title, before, after) for info, before, after in pairs if before != after]
 
 

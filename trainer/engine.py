@@ -63,9 +63,7 @@ class Engine:
         self.worker.warm()
         self._tasks.put(_Task(_import_torch, FileLock(Path("/dev/null")), Signals()))
 
-    def start_run(
-        self, config: Config, owner: str, name: str = "", why: str = "", skip_eval: bool = False
-    ) -> str:
+    def start_run(self, config: Config, owner: str, name: str = "", why: str = "", skip_eval: bool = False) -> str:
         """Make a run and train it; returns its id. Raises Refusal (also Busy) before anything is written."""
         here = self.machine()
         launch.check_paths(config)
@@ -91,9 +89,7 @@ class Engine:
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
         here = self.machine()
         with self._start:
-            lock = lease.acquire(
-                here.device, kind="train", owner=owner, run_id=run_id, name=now.name or run_id
-            )
+            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run_id, name=now.name or run_id)
             try:
                 self._train(run, lock, here, owner, resumed=True, skip_eval=False)
             except BaseException:
@@ -107,9 +103,7 @@ class Engine:
         prompt = launch.prompt_of(config, self.workspace.profiles)
         smoke_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         with self._start:
-            lock = lease.acquire(
-                here.device, kind="smoke", owner=owner, run_id=smoke_id, name=config.display_name
-            )
+            lock = lease.acquire(here.device, kind="smoke", owner=owner, run_id=smoke_id, name=config.display_name)
             folder = make_private_dir(self.workspace.smoke / smoke_id)
             signals = Signals()
 
@@ -146,9 +140,7 @@ class Engine:
         self.worker.close()
         return not self._thread.is_alive()
 
-    def _train(
-        self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, skip_eval: bool
-    ) -> None:
+    def _train(self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, skip_eval: bool) -> None:
         life = open_life(run, owner, resumed=resumed)
 
         def work() -> None:

@@ -157,9 +157,7 @@ def _describe(key: str, field: SchemaField) -> FieldInfo:
     for constraint in metadata:
         bounds |= {n: getattr(constraint, n) for n in ("ge", "gt", "le", "lt") if hasattr(constraint, n)}
     extra = field.json_schema_extra
-    assert isinstance(extra, dict) and field.title and field.description, (
-        f"{key} lacks its title, help or group"
-    )
+    assert isinstance(extra, dict) and field.title and field.description, f"{key} lacks its title, help or group"
     return FieldInfo(
         key=key,
         title=field.title,

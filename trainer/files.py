@@ -62,7 +62,5 @@ def make_private_dir(path: Path) -> Path:
 def child(root: Path, name: str) -> Path:
     """`root/name` for a plain name given by a person; anything that could leave `root` raises Refusal."""
     if not NAME.fullmatch(name):
-        raise Refusal(
-            f"'{name[:80]}' is not a usable name. Use letters, digits, dot, dash and underscore, 64 at most."
-        )
+        raise Refusal(f"'{name[:80]}' is not a usable name. Use letters, digits, dot, dash and underscore, 64 at most.")
     return root / name

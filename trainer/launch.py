@@ -91,9 +91,7 @@ def check_paths(config: Config) -> None:
     if not model.is_dir():
         raise Refusal(f"The model folder {model} does not exist. Check model_path.", "model_path")
     if not any(file.suffix in WEIGHTS for file in model.iterdir()):
-        raise Refusal(
-            f"{model} holds no model weights. `python -m trainer check-model` says what it is.", "model_path"
-        )
+        raise Refusal(f"{model} holds no model weights. `python -m trainer check-model` says what it is.", "model_path")
     if not config.data.files:
         raise Refusal("No data is chosen. Set data.dataset_path, or use --dataset.", "data.dataset_path")
     named = [("data.dataset_path", file.path) for file in config.data.files]
@@ -103,9 +101,7 @@ def check_paths(config: Config) -> None:
         if not Path(path).is_file():
             raise Refusal(f"The dataset {path} does not exist or is no file. Check {field}.", field)
         if not os.access(path, os.R_OK):
-            raise Refusal(
-                f"The dataset {path} cannot be read (no permission). Check the file's rights.", field
-            )
+            raise Refusal(f"The dataset {path} cannot be read (no permission). Check the file's rights.", field)
     if config.hyperparams.method == "full" and (model / "adapter_config.json").exists():
         raise Refusal(
             f"{model.name} is a LoRA adapter: it can be trained on with method lora, not full.",
@@ -120,9 +116,7 @@ def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threa
         "config": config.model_dump(mode="json"),
         "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
         "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
-        "data": {
-            "files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]
-        },
+        "data": {"files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]},
         "device": {"name": machine.device, "summary": machine.summary},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         "threads": threads,

@@ -101,9 +101,7 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clash(old: str, value: Any, new: str, other: Any) -> FieldProblem:
-    text = (
-        f"{old} is {shown(value)}, but {new} is {shown(other)}. They are the same setting: keep one of them."
-    )
+    text = f"{old} is {shown(value)}, but {new} is {shown(other)}. They are the same setting: keep one of them."
     return FieldProblem(new, text)
 
 

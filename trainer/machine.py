@@ -110,11 +110,7 @@ def _visible(gpus: list[Gpu], setting: str | None) -> list[Gpu]:
         return gpus
     chosen = []
     for entry in (part.strip() for part in setting.split(",")):
-        match = [
-            g
-            for g in gpus
-            if (entry.isdigit() and g.index == int(entry)) or (entry and g.uuid.startswith(entry))
-        ]
+        match = [g for g in gpus if (entry.isdigit() and g.index == int(entry)) or (entry and g.uuid.startswith(entry))]
         if not match:
             break
         chosen.append(match[0])

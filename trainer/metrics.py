@@ -32,9 +32,7 @@ COLUMNS = (
 )
 RECORD = np.dtype([(name, "<f8") for name in COLUMNS])
 # life counts the starts of a run: a step trained again after a resume has its own block of rows
-ROW_RECORD = np.dtype(
-    [("life", "<i8"), ("step", "<i8"), ("row", "<i8"), ("loss_sum", "<f8"), ("labels", "<i8")]
-)
+ROW_RECORD = np.dtype([("life", "<i8"), ("step", "<i8"), ("row", "<i8"), ("loss_sum", "<f8"), ("labels", "<i8")])
 
 
 class RecordFile:

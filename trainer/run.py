@@ -107,9 +107,7 @@ def create_run(
             write_json(run.notes, notes)
         write_json(run.config, {"run_id": run.run_id, "created": time.time(), **snapshot})
     except OSError as error:
-        raise Refusal(
-            f"Cannot write the run to {path}: {error.strerror or error}. Choose another folder."
-        ) from None
+        raise Refusal(f"Cannot write the run to {path}: {error.strerror or error}. Choose another folder.") from None
     return run
 
 

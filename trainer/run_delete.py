@@ -35,9 +35,7 @@ def delete_run(run: RunDir, typed_name: str) -> int:
     if typed_name.strip() != name_to_type(run):
         raise Refusal(f"That is not the name. To delete this run, type: {name_to_type(run)}")
     if run.path.is_symlink():
-        raise Refusal(
-            "This run is a link to a folder elsewhere. Nothing was deleted; remove the link by hand."
-        )
+        raise Refusal("This run is a link to a folder elsewhere. Nothing was deleted; remove the link by hand.")
     lock = FileLock(run.lock)
     if not lock.acquire({"kind": "delete", "run": run.run_id}, retry_s=0.2):
         raise Refusal("This run is being trained. Stop it first; nothing was deleted.")

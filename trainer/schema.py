@@ -265,9 +265,7 @@ class LoraSettings(Section):
         ge=1,
         le=1024,
     )
-    alpha: Real = setting(
-        32, "LoRA alpha", "Scales the added matrices by alpha / rank.", "How", gt=0, le=4096
-    )
+    alpha: Real = setting(32, "LoRA alpha", "Scales the added matrices by alpha / rank.", "How", gt=0, le=4096)
     dropout: Real = setting(
         0.0,
         "LoRA dropout",
@@ -377,9 +375,7 @@ class AlertSettings(Section):
 class Config(Section):
     """Everything a run is made of."""
 
-    model_name: str = setting(
-        "", "Model name", "A short name for the run's model, used in file names.", "What"
-    )
+    model_name: str = setting("", "Model name", "A short name for the run's model, used in file names.", "What")
     model_display_name: str = setting("", "Display name", "How the model is called on the page.", "What")
     model_path: str = setting("", "Model", "The folder of the model to train.", "What", basic=True)
     profile: ProfileSettings = ProfileSettings()
@@ -393,9 +389,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _precision_and_masters_agree(self) -> Config:
         if self.hyperparams.fp_precision == "fp16" and self.hyperparams.master_weights == "none":
-            raise ValueError(
-                "hyperparams.master_weights: fp16 needs fp32 master weights; 'none' works with bf16 only"
-            )
+            raise ValueError("hyperparams.master_weights: fp16 needs fp32 master weights; 'none' works with bf16 only")
         return self
 
     @property

@@ -139,17 +139,14 @@ def _run(
     import torch
 
     from trainer.loop.prepare import Left, pick_device
-    from trainer.loop.train import Surroundings, Training
+    from trainer.loop.ready import Surroundings, get_ready
+    from trainer.loop.train import Training
 
     snapshot = life.run.snapshot()
     config = Config.model_validate(snapshot["config"])
-    prompt = Prompt(
-        snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"]
-    )
+    prompt = Prompt(snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"])
     # a run cut off before its first save has nothing to go back to and starts over; damaged checkpoints refuse
-    found = (
-        checkpoint.newest_verified(life.run.checkpoints) if checkpoint.listed(life.run.checkpoints) else None
-    )
+    found = checkpoint.newest_verified(life.run.checkpoints) if checkpoint.listed(life.run.checkpoints) else None
     torch.set_num_threads(snapshot["threads"])
     device = pick_device(machine.device)
     around = Surroundings(
@@ -168,10 +165,8 @@ def _run(
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    training = Training(around, config, prompt, skip_eval)
     try:
-        training.prepare(found)
-        outcome = training.loop()
+        outcome = Training(around, config, get_ready(around, config, prompt, found, skip_eval)).loop()
     except Left:
         wish = life.signals.wish
         return "paused" if wish.end == "pause" else "stopped", {
@@ -202,9 +197,7 @@ def free_memory(gpu: bool, before_gib: float | None) -> dict[str, float | None]:
     if gpu and torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # glibc keeps freed pages otherwise, and the receipt would call that a leak
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages otherwise, and the receipt would call that a leak
     return {"memory_before_gib": before_gib, "memory_after_gib": used_gib(gpu)}
 
 

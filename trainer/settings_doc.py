@@ -32,9 +32,7 @@ def settings_markdown() -> str:
     """The whole text of docs/settings.md: one table a group, in the order of the form."""
     parts = [_HEAD]
     for group in get_args(Group):
-        parts.append(
-            f"\n## {group}\n\n| key | label | default | allowed | help |\n| --- | --- | --- | --- | --- |\n"
-        )
+        parts.append(f"\n## {group}\n\n| key | label | default | allowed | help |\n| --- | --- | --- | --- | --- |\n")
         parts += [_row(info) for info in fields() if info.group == group]
     return "".join(parts) + _OLD
 

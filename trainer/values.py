@@ -124,7 +124,7 @@ def _files_as_text(files: list[WeightedFile]) -> str:
 def figure_text(value: float) -> str:
     """A real number as short as it can be without losing anything: 2e-4, 0.05, 1."""
     exact = Decimal(repr(float(value))).normalize()
-    if exact == 0 or -4 < exact.adjusted() < 16:
+    if exact == 0 or -3 < exact.adjusted() < 16:
         return f"{exact:f}"
     digits = "".join(str(d) for d in exact.as_tuple().digits)
     mantissa = digits[0] + ("." + digits[1:] if digits[1:] else "")

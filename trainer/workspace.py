@@ -178,9 +178,7 @@ class Workspace:
         """The dataset whose file this is, or None for a file outside the workspace and its roots."""
         return next((info for info in self.datasets() if info.path == path), None)
 
-    def add_dataset(
-        self, uploaded: Path, original_name: str, repaired_from: str | None = None
-    ) -> DatasetInfo:
+    def add_dataset(self, uploaded: Path, original_name: str, repaired_from: str | None = None) -> DatasetInfo:
         """Copy a file into a folder of its own, in one step: it is there whole or not at all.
 
         The same content twice is one dataset, under its first name. `repaired_from` is the id of the dataset

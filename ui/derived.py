@@ -58,7 +58,7 @@ def _steps(packs: float, per_step: int, epochs: float) -> int:
 
 
 def derived_line(config: Config, plan: Plan, seconds_a_step: float | None, now_s: float | None = None) -> str:
-    """"64 rows a step · 1,240 steps · 2 epochs · about 6 h 40 min, done about 05:30"; unknown parts are left out."""
+    """ "64 rows a step · 1,240 steps · 2 epochs · about 6 h 40 min, done about 05:30"; unknown parts are left out."""
     h = config.hyperparams
     unit = "pack" if h.packing else "row"
     parts = [f"{h.rows_per_step:,} {unit}{'s' if h.rows_per_step != 1 else ''} a step"]

@@ -79,9 +79,7 @@ class Feed:
         caller = caller_of(request)
         reader = Reader(caller.may("see_rows"), caller.may("stop"), caller.may("note"))
         follower = await run_in_threadpool(self.follower, run)
-        return json_reply(
-            await run_in_threadpool(follower.reply, cursor, gen, query.get("h", ""), reader)
-        )
+        return json_reply(await run_in_threadpool(follower.reply, cursor, gen, query.get("h", ""), reader))
 
     async def command(self, request: Request) -> Response:
         """`POST api/runs/ID/command {"command": …}`: left for the trainer, or a resume; refused in words."""

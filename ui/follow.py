@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Follower:
     def status(self) -> Status:
         """The run's status now."""
         with self._turn:
-            return self._status.read()
+            return replace(self._status.read())  # the reader's own object changes with its next read
 
     def reply(self, cursor: Cursor | None, gen: int, seen: str, reader: Reader) -> dict[str, Any]:
         """The JSON of one update: everything when `cursor` or `gen` does not fit, else only what is new.
@@ -109,9 +109,7 @@ class Follower:
 
     def _fits(self, cursor: Cursor, counts: tuple[int, int]) -> bool:
         behind = counts[0] - cursor.metrics, counts[1] - cursor.telemetry
-        return all(0 <= n <= CATCH_UP_POINTS for n in behind) and _starts_a_line(
-            self._run.events, cursor.events
-        )
+        return all(0 <= n <= CATCH_UP_POINTS for n in behind) and _starts_a_line(self._run.events, cursor.events)
 
     def _split(self, status: Status, reader: Reader) -> tuple[dict[str, Any], dict[str, Any]]:
         """What changes with every step, and what a reader needs only once in a while."""
@@ -142,11 +140,12 @@ class Follower:
             "best": _digits(status.best_held_out, 6),
             "best_step": status.best_step,
             "saved_step": status.last_checkpoint_step,
-            "allowed": list(allowed(status.state)),
+            "allowed": list(allowed(status.state)) if reader.may_command else [],
+            "seen": self._run.read_notes().get("seen", []),
+            "may_note": reader.may_note,
         }
-        return {key: wire(value) for key, value in fast.items() if value is not None}, wire(
-            slow | self._facts
-        )
+        known = {name: wire(value) for name, value in fast.items() if value is not None}
+        return known, wire(slow | self._facts)
 
     def _news(self, cursor: Cursor, counts: tuple[int, int]) -> dict[str, Any]:
         # cut to the counts that `next` names: what the trainer adds meanwhile belongs to the next update
@@ -160,11 +159,9 @@ class Follower:
             news["t"] = {name: _list(values) for name, values in self._samples(samples).items()}
         return news
 
-    def _new_events(self, cursor: Cursor, with_private: bool) -> tuple[list[dict[str, Any]], int]:
+    def _new_events(self, cursor: Cursor, reader: Reader) -> tuple[list[dict[str, Any]], int]:
         events, position = read_events(self._run.events, cursor.events)
-        return [
-            _trim(event) for event in events if with_private or event["kind"] not in PRIVATE_KINDS
-        ], position
+        return [_trim(event, reader) for event in events if _is_open(event, reader)], position
 
     def _history(self, counts: tuple[int, int]) -> dict[str, Any]:
         records = metrics.read_records(self._run.metrics)[: counts[0]]
@@ -206,9 +203,7 @@ class Follower:
             if after == position:
                 break
             position = after
-        return sorted(
-            (event for kind in kept.values() for event in kind), key=lambda event: event["n"]
-        ), position
+        return sorted((event for kind in kept.values() for event in kind), key=lambda event: event["n"]), position
 
 
 def read_telemetry(run: RunDir, since: int) -> np.ndarray:

@@ -110,9 +110,7 @@ def _component(info: FieldInfo) -> gr.components.Component:
     if info.kind == "switch":
         return gr.Checkbox(interactive=True, **common)
     if info.key in PICKED:
-        return gr.Dropdown(
-            [], value=None, allow_custom_value=info.key != "profile.name", interactive=True, **common
-        )
+        return gr.Dropdown([], value=None, allow_custom_value=info.key != "profile.name", interactive=True, **common)
     if info.key in SEGMENTED:
         return gr.Radio(choice_labels(info), interactive=True, **common)
     if info.kind == "choice":
@@ -158,6 +156,4 @@ def picker_choices(workspace: Workspace, profile_names: list[str]) -> dict[str, 
 def _told_apart(choices: Choices) -> Choices:
     """Choices of the same name get the folder they lie in."""
     names = [name for name, _ in choices]
-    return [
-        (f"{n} ({v.rsplit('/', 2)[-2]})" if names.count(n) > 1 and "/" in v else n, v) for n, v in choices
-    ]
+    return [(f"{n} ({v.rsplit('/', 2)[-2]})" if names.count(n) > 1 and "/" in v else n, v) for n, v in choices]

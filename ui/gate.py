@@ -53,7 +53,7 @@ def headline(lines: list[GateLine]) -> tuple[Status, str]:
 
 
 def _go(key: str, text: str = "Go to the field") -> Action:
-    return Action(text, "field", field=key)
+    return Action(text, "field", goto=key)
 
 
 def _problem(problem: FieldProblem) -> GateLine:

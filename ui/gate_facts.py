@@ -16,7 +16,7 @@ class Action:
 
     text: str
     kind: Literal["field", "set", "link"]
-    field: str = ""
+    goto: str = ""
     values: dict[str, str] = field(default_factory=dict)
     href: str = ""
 

@@ -5,6 +5,9 @@ Read by `assets/runs.js` and by the tabs under the live board. Rows of ended run
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import threading
 from typing import Any
 
@@ -13,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from trainer import locks, metrics
+from trainer import checkpoint, locks, metrics
 from trainer.events import wire
 from trainer.fields import PATH_FIELDS, fields
 from trainer.files import read_json, write_json
@@ -23,6 +26,7 @@ from trainer.run_delete import delete_run, disk_bytes, name_to_type
 from trainer.states import allowed
 from ui.guard import Caller, caller_of, guarded
 from ui.replies import find_run, json_reply, no_run
+from ui.run_rows import rows_of_step, text_of_row
 from ui.site import Site
 
 NAME_CHARACTERS = 80
@@ -45,25 +49,27 @@ class RunsApi:
             Route("/api/runs", guarded("see", self.list)),
             Route(run + "/settings", guarded("see", self.settings)),
             Route(run + "/checkpoints", guarded("see", self.checkpoints)),
+            Route(run + "/verify", guarded("check", self.verify), methods=["POST"]),
+            Route(run + "/rows", guarded("see_rows", self.rows)),
+            Route(run + "/row", guarded("see_rows", self.row)),
             Route(run + "/notes", guarded("note", self.notes), methods=["POST"]),
             Route(run + "/delete", guarded("delete", self.delete), methods=["POST"]),
         ]
 
     async def list(self, request: Request) -> Response:
-        """`GET api/runs`: one object a run, newest first."""
+        """`GET api/runs?h=H`: one object a run, newest first; without them when `H` says that they are known."""
         caller = caller_of(request)
         rows = await run_in_threadpool(lambda: [self._row(run) for run in self._site.workspace.list_runs()])
-        may = {action: caller.may(action) for action in ("delete", "resume")}
-        return json_reply({"runs": rows, "may": may})
+        may = {action: caller.may(action) for action in ("delete", "resume", "note")}
+        mark = hashlib.blake2s(json.dumps([rows, may]).encode(), digest_size=6).hexdigest()
+        known = request.query_params.get("h") == mark
+        return json_reply({"h": mark} if known else {"h": mark, "runs": rows, "may": may})
 
     def _row(self, run: RunDir) -> dict[str, Any]:
         held = locks.is_held(run.lock)
         stamp = (
             held,
-            *(
-                path.stat().st_mtime_ns if path.exists() else 0
-                for path in (run.events, run.metrics, run.notes)
-            ),
+            *(path.stat().st_mtime_ns if path.exists() else 0 for path in (run.events, run.metrics, run.notes)),
         )
         with self._lock:
             kept = self._rows.get(run.run_id)
@@ -88,6 +94,33 @@ class RunsApi:
             return no_run(request)
         return json_reply(await run_in_threadpool(_checkpoints, run, caller_of(request)))
 
+    async def verify(self, request: Request) -> Response:
+        """`POST api/runs/ID/verify {"step": N}`: reads every byte of it; no `problems` when it is whole."""
+        run = find_run(self._site.workspace, request)
+        if run is None:
+            return no_run(request)
+        step = (await _body(request)).get("step")
+        folder = dict(checkpoint.listed(run.checkpoints)).get(step) if type(step) is int else None
+        if folder is None:
+            raise Refusal("There is no checkpoint of that step.")
+        return json_reply({"problems": await run_in_threadpool(checkpoint.verify, folder)})
+
+    async def rows(self, request: Request) -> Response:
+        """`GET api/runs/ID/rows?step=N`: the rows of that step with their own loss, see `ui.run_rows`."""
+        run = find_run(self._site.workspace, request)
+        if run is None:
+            return no_run(request)
+        step = _whole(request, "step")
+        return json_reply(await run_in_threadpool(rows_of_step, self._site.workspace, run, step))
+
+    async def row(self, request: Request) -> Response:
+        """`GET api/runs/ID/row?row=N`: the text of one row as it is trained."""
+        run = find_run(self._site.workspace, request)
+        if run is None:
+            return no_run(request)
+        row = _whole(request, "row")
+        return json_reply(await run_in_threadpool(text_of_row, self._site.workspace, self._site.worker, run, row))
+
     async def notes(self, request: Request) -> Response:
         """`POST api/runs/ID/notes {"name"?, "why"?, "seen"?}`: seen = numbers of alerts somebody has looked at."""
         run = find_run(self._site.workspace, request)
@@ -107,11 +140,7 @@ class RunsApi:
                     notes[key] = " ".join(text.split())
             if "seen" in change:
                 numbers = change["seen"]
-                if (
-                    not isinstance(numbers, list)
-                    or len(numbers) > 1000
-                    or not all(type(n) is int for n in numbers)
-                ):
+                if not isinstance(numbers, list) or len(numbers) > 1000 or not all(type(n) is int for n in numbers):
                     raise Refusal("seen must be a list of at most 1,000 event numbers.")
                 notes["seen"] = sorted({*notes.get("seen", []), *numbers})
             write_json(run.notes, notes)
@@ -129,6 +158,14 @@ class RunsApi:
         with self._lock:
             self._rows.pop(run.run_id, None)
         return json_reply({"freed_bytes": freed_bytes})
+
+
+def _whole(request: Request, name: str) -> int:
+    """A whole number out of the address; Refusal for anything else."""
+    text = request.query_params.get(name, "")
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise Refusal(f"{name} must be a whole number.")
+    return int(text)
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -227,19 +264,17 @@ def _without_folders(value: Any) -> Any:
 
 def _checkpoints(run: RunDir, caller: Caller) -> dict[str, Any]:
     now = status(run)
-    found = []
-    for folder in sorted(run.checkpoints.glob("step_*"), reverse=True):
+    found: list[dict[str, Any]] = []
+    for step, folder in checkpoint.listed(run.checkpoints):
+        row: dict[str, Any] = {"folder": folder.name, "step": step, "whole": False}
         try:
-            manifest = read_json(folder / "MANIFEST.json")
-            written = (folder / "MANIFEST.json").stat().st_mtime
-            step = int(folder.name.removeprefix("step_"))
-        except (OSError, ValueError):
-            found.append({"folder": folder.name, "whole": False})
-            continue
-        names = [
+            files = read_json(folder / checkpoint.MANIFEST)["files"].values()
+            row |= {"bytes": sum(int(file["bytes"]) for file in files), "whole": True}
+            row["written"] = (folder / checkpoint.MANIFEST).stat().st_mtime
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # cut off while it was written: listed as incomplete
+        row["names"] = [
             word for word, at in (("best", now.best_step), ("last", now.last_checkpoint_step)) if at == step
         ]
-        row = {"folder": folder.name, "whole": True, "step": step, "written": written, "names": names}
-        row["bytes"] = sum(int(file["bytes"]) for file in manifest.get("files", {}).values())
         found.append(row | ({"path": str(folder)} if caller.may("paths") else {}))
-    return {"checkpoints": found}
+    return {"checkpoints": found, "method": now.method, "may_verify": caller.may("check")}

@@ -37,7 +37,12 @@ def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
     """Suggestions for every setting not in `chosen`; a value that is the same already is left out."""
     plan = _plan(config, facts)
     found: dict[str, Suggestion] = {}
-    for key, value, reason in (*_rate(config), *_length(config, facts), *_size(config, facts, plan), *_rhythm(config, plan)):
+    for key, value, reason in (
+        *_rate(config),
+        *_length(config, facts),
+        *_size(config, facts, plan),
+        *_rhythm(config, plan),
+    ):
         before = get(config, key)
         if key not in chosen and key not in found and value != before:
             found[key] = Suggestion(key, before, as_text(setting(key), value), reason)
@@ -71,7 +76,11 @@ def _length(config: Config, facts: Facts) -> Rule:
     enough = _rounded(data.longest)
     now = config.hyperparams.max_length
     if enough <= now // 2:
-        yield key, max(enough, 8), f"The longest row has {data.longest:,} tokens; nothing is cut, less memory is needed."
+        yield (
+            key,
+            max(enough, 8),
+            f"The longest row has {data.longest:,} tokens; nothing is cut, less memory is needed.",
+        )
     elif data.longest > now and data.p99 and _rounded(data.p99) < now // 2:
         yield key, max(_rounded(data.p99), 8), f"99 % of the rows have at most {data.p99:,} tokens."
 

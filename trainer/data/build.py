@@ -124,22 +124,20 @@ class Builder:
         limit, dropped = self.request.max_length, self.count["rows_dropped"]
         if self.request.too_long == "refuse" and dropped:
             lines = ", ".join(self.too_long) + (", …" if dropped > len(self.too_long) else "")
-            raise Refusal(
-                f"{dropped:,} rows are longer than {limit:,} tokens (longest {self.longest_uncut:,}; lines {lines}). "
-                "Raise the maximum length, or choose to cut or drop them.",
-                "data.too_long",
-            )
+            figures = f"{dropped:,} (longest {self.longest_uncut:,}; lines {lines})"
+            cure = "Raise the maximum length, or choose to cut or drop them."
+            raise Refusal(f"Rows longer than {limit:,} tokens: {figures}. {cure}", "data.too_long")
         if self.count["rows"]:
             return
-        reasons = [f"{self.count['rows_skipped']:,} have problems"] if self.count["rows_skipped"] else []
-        reasons += [f"{dropped:,} are longer than {limit:,} tokens"] if dropped else []
-        empty = self.count["rows_without_labels"]
-        reasons += [f"{empty:,} have no answer within the first {limit:,} tokens"] if empty else []
-        first = f" {self.problems[0]['message']}" if self.problems else ""
-        what = "; ".join(reasons) or "the files are empty"
-        raise Refusal(
-            f"None of the {self.count['seen']:,} rows can be trained: {what}.{first}", "data.dataset_path"
+        found = (
+            (self.count["rows_skipped"], "with problems"),
+            (dropped, f"longer than {limit:,} tokens"),
+            (self.count["rows_without_labels"], f"with no answer in the first {limit:,} tokens"),
         )
+        what = ", ".join(f"{number:,} {text}" for number, text in found if number) or "there is none"
+        first = f" {self.problems[0]['message']}" if self.problems else ""
+        rows = self.count["seen"]
+        raise Refusal(f"No row of {rows:,} can be trained: {what}.{first}", "data.dataset_path")
 
     def _meta(self, key: str) -> dict[str, Any]:
         names = (

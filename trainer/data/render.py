@@ -21,6 +21,7 @@ Kind = Literal["label", "context", "special"]
 
 _THINK_WORDS = ("<think>", "enable_thinking", "reasoning_content")
 _STAND_IN = "Yes."
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,7 @@ class Renderer:
         roles = tuple(message["role"] for message in messages)
         return any(roles[number] == "system" for number in self.template.dropped(roles))
 
-    def _assemble(
-        self, messages: Messages, row: Pieces, contents: list[list[int] | None]
-    ) -> Rendered | Refusal:
+    def _assemble(self, messages: Messages, row: Pieces, contents: list[list[int] | None]) -> Rendered | Refusal:
         final = row.pieces[-1].text if messages[-1]["role"] == "assistant" else None
         ids: list[int] = []
         labels: list[bool] = []
@@ -136,9 +135,7 @@ class Renderer:
             else:
                 found = contents[place // 2]
                 if found is None:
-                    return Refusal(
-                        f"The tokenizer does not give the text of message {piece.message + 1} back."
-                    )
+                    return Refusal(f"The tokenizer does not give the text of message {piece.message + 1} back.")
                 own = found
                 after_answer = messages[piece.message]["role"] == "assistant"
                 trained = len(own) if after_answer else 0
@@ -174,6 +171,29 @@ class Renderer:
                 stop = min(stop, start + 1)
             self._closing[key] = stop if stop > start else 0
         return self._closing[key]
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; they join to the whole.
+
+    Where several tokens make one character, it stands with the first of them and the others are empty.
+    """
+    texts: list[str] = []
+    before: list[int] = []
+    group: list[int] = []
+    for number in ids:
+        group.append(number)
+        known = tokenizer.decode(before, skip_special_tokens=False)
+        text = tokenizer.decode(before + group, skip_special_tokens=False)[len(known) :]
+        if text.endswith("\ufffd") and len(group) < _LONGEST_CHARACTER:
+            continue
+        texts += [text] + [""] * (len(group) - 1)
+        before, group = group, []
+    if group:
+        known = tokenizer.decode(before, skip_special_tokens=False)
+        rest = tokenizer.decode(before + group, skip_special_tokens=False)[len(known) :]
+        texts += [rest] + [""] * (len(group) - 1)
+    return texts
 
 
 def own_template(tokenizer: Any) -> str | None:

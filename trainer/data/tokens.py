@@ -1,7 +1,7 @@
 """The token cache: every row of a run's files as ids and label marks, in arrays that are mapped, not read.
 
-One folder for each way of making tokens, named by a hash of all that can move a token. `build_cache` is called
-in the worker process, `TokenCache` in the engine and by whoever shows tokens of a run.
+One folder for each way of making tokens, named by a hash of all that can move a token. `build_cache` is
+called in the worker process, `TokenCache` in the engine and by whoever shows tokens of a run.
 """
 
 from __future__ import annotations
@@ -78,17 +78,13 @@ class TokenCache:
         names = ("ids", "labels", "offsets", "source")
         try:
             meta = read_json(path / "cache.json")
-            arrays = {
-                name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names
-            }
+            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         except (OSError, ValueError, EOFError) as error:
             raise Refusal(f"The token cache {path.name} is not readable ({error}). Tokenise again.") from None
         tokens, rows = int(arrays["offsets"][-1]), len(arrays["offsets"]) - 1
         shapes = {"ids": (tokens,), "labels": (tokens,), "offsets": (rows + 1,), "source": (rows, 3)}
         if any(arrays[name].shape != shape for name, shape in shapes.items()) or meta.get("rows") != rows:
-            raise Refusal(
-                f"The token cache {path.name} is damaged: its parts differ in length. Tokenise again."
-            )
+            raise Refusal(f"The token cache {path.name} is damaged: its parts differ in length. Tokenise again.")
         return cls(path, meta, arrays)
 
     def ids(self, row: int) -> np.ndarray:
@@ -150,9 +146,7 @@ def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:
                 return TokenCache.open(target).path
             except Refusal:
                 shutil.rmtree(target)
-        for left_over in root.glob(
-            f".{key}.*.tmp"
-        ):  # of a builder that was killed: nobody else holds the lock
+        for left_over in root.glob(f".{key}.*.tmp"):  # of a builder that was killed: nobody else holds the lock
             shutil.rmtree(left_over)
         staging = root / f".{key}.{secrets.token_hex(4)}.tmp"
         staging.mkdir()
@@ -160,9 +154,7 @@ def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:
             Builder(request, load_tokenizer(request.model_path), staging, scans).run(key, progress)
             os.rename(staging, target)
         except OSError as error:
-            raise Refusal(
-                f"The tokens could not be written: {error.strerror}. Nothing was changed."
-            ) from None
+            raise Refusal(f"The tokens could not be written: {error.strerror}. Nothing was changed.") from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         fsync_dir(root)
@@ -171,13 +163,18 @@ def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:
         lock.release()
 
 
-def _tokenizer_digest(model: Path) -> str:
-    digest = hashlib.sha256()
-    found = [name for name in _TOKENIZER_FILES if (model / name).is_file()]
+def tokenizer_files(model: Path) -> list[Path]:
+    """The files in a model folder that its tokenizer and chat template are made of; raises Refusal for none."""
+    found = [model / name for name in _TOKENIZER_FILES if (model / name).is_file()]
     if not found:
         raise Refusal(f"{model.name} has no tokenizer files.", "model_path")
-    for name in found:
-        digest.update(f"{name}\0".encode() + hashlib.sha256((model / name).read_bytes()).digest())
+    return found
+
+
+def _tokenizer_digest(model: Path) -> str:
+    digest = hashlib.sha256()
+    for path in tokenizer_files(model):
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     try:
         kind = read_json(model / "config.json").get("model_type")
     except (OSError, ValueError, AttributeError):

@@ -15,7 +15,9 @@ from trainer.loop.forward import Path, losses
 
 def micro_groups(rows: np.ndarray, lengths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
     """Rows grouped so that each group has at most `budget_tokens` tokens (one long row may stand alone)."""
-    groups, group, tokens = [], [], 0
+    groups: list[np.ndarray] = []
+    group: list[int] = []
+    tokens = 0
     for row in rows[np.argsort(lengths[rows], kind="stable")]:
         length = int(lengths[row])
         if group and tokens + length > budget_tokens:
@@ -38,9 +40,7 @@ def held_out_loss(
     """Mean loss of a label over all rows, in nats; None when `interrupt()` said so in between."""
     was_training = trained.training
     trained.eval()
-    total = torch.zeros(
-        (), dtype=torch.float64 if not device.startswith("mps") else torch.float32, device=device
-    )
+    total = torch.zeros((), dtype=torch.float64 if not device.startswith("mps") else torch.float32, device=device)
     labels = 0
     try:
         with torch.no_grad():

@@ -54,9 +54,7 @@ def plain_head(model: PreTrainedModel) -> Head | None:
     if type(linear) is not nn.Linear:
         return None
     config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
-    )
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
 
 
@@ -92,9 +90,7 @@ def reference_losses(model: PreTrainedModel, batch: MicroBatch) -> list[float]:
     kernel = "eager" if getattr(model.config, "attn_logit_softcapping", None) else "sdpa"
     model.set_attn_implementation(kernel)
     try:
-        for number, (start, end) in enumerate(
-            zip(batch.documents.borders, batch.documents.borders[1:], strict=False)
-        ):
+        for number, (start, end) in enumerate(zip(batch.documents.borders, batch.documents.borders[1:], strict=False)):
             labels = torch.full((1, end - start), -100, device=batch.ids.device)
             mine = batch.label_row == number
             labels[0, batch.label_at[mine] + 1 - start] = batch.targets[mine]

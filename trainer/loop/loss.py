@@ -44,9 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # float32 until the factor is known: 1 / labels rounded to bf16 would scale every step by up to 0.4 %
         d_hidden = torch.empty_like(hidden, dtype=torch.float32)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        d_bias = (
-            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
-        )
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         for piece in _chunks(len(targets), weight.shape[0]):
             h = hidden[piece].to(compute)
             d_logits = _chunk_losses(h, w, bias, targets[piece], scale, softcap, losses[piece])
@@ -98,7 +96,7 @@ def _chunk_losses(
     if scale != 1.0:
         logits *= scale
     capped = torch.tanh(logits / softcap) if softcap is not None else None
-    if softcap is not None:
+    if capped is not None and softcap is not None:
         logits = capped * softcap
     chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     normaliser = torch.logsumexp(logits, 1)
@@ -110,9 +108,7 @@ def _chunk_losses(
     return d_logits * scale if scale != 1.0 else d_logits
 
 
-def label_losses(
-    hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype
-) -> torch.Tensor:
+def label_losses(hidden: torch.Tensor, head: Head, targets: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
     """Loss of each label, (n,) float32, in nats; differentiable as long as all labels share one factor (a sum).
 
     hidden (n, D) are the states one before each trained token; `compute` is the format of the matrix products.
@@ -126,9 +122,7 @@ def label_losses(
     with torch.autocast(hidden.device.type, enabled=False):
         w = weight.to(compute)
         for piece in _chunks(len(targets), weight.shape[0]):
-            _chunk_losses(
-                hidden[piece].to(compute), w, bias, targets[piece], head.scale, head.softcap, losses[piece]
-            )
+            _chunk_losses(hidden[piece].to(compute), w, bias, targets[piece], head.scale, head.softcap, losses[piece])
     return losses
 
 

@@ -57,9 +57,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def state_by_name(
-    optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]
-) -> dict[str, torch.Tensor]:
+def state_by_name(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
     """{"exp_avg/NAME": tensor, ...}: the states under the parameters' names, not their numbers."""
     return {
         f"{key}/{name}": value

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from trainer.data.loader import assemble
 from trainer.data.packing import Plan, make_plan, split
@@ -18,15 +17,15 @@ from trainer.data.tokens import TokenCache, load_tokenizer
 from trainer.launch import Prompt
 from trainer.loop.forward import Choice, choose_path
 from trainer.loop.step import Stepper
+from trainer.models.activations import recompute
 from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
 from trainer.models.lora import add_lora, continue_lora
 from trainer.refusal import Refusal
 from trainer.schema import Config
-from trainer.worker import Worker
+from trainer.worker import Cancelled, Worker
 
 Say = Callable[[str], None]
 TOKENISE_LIMIT_S = 6 * 3600.0
-KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
 class Left(Exception):
@@ -114,14 +113,17 @@ def tokenise(
         "too_long": config.data.too_long,
         "profiles_root": str(roots[1]),
     }
-    made = worker.call(
-        "tokenise",
-        timeout_s=TOKENISE_LIMIT_S,
-        on_progress=progress,
-        cancelled=interrupt,
-        request=request,
-        root=str(roots[0]),
-    )
+    try:
+        made = worker.call(
+            "tokenise",
+            timeout_s=TOKENISE_LIMIT_S,
+            on_progress=progress,
+            cancelled=interrupt,
+            request=request,
+            root=str(roots[0]),
+        )
+    except Cancelled:
+        raise Left() from None
     return TokenCache.open(Path(made["cache"]))
 
 
@@ -172,9 +174,7 @@ def build_model(
     precision = pick_precision(config, device)
     quantised = h.method == "qlora"
     if quantised and not device.startswith("cuda"):
-        raise Refusal(
-            "QLoRA needs a GPU and the package bitsandbytes. Use LoRA on this machine.", "hyperparams.method"
-        )
+        raise Refusal("QLoRA needs a GPU and the package bitsandbytes. Use LoRA on this machine.", "hyperparams.method")
     source = resume_from if resume_from is not None else path
     loaded = load_model(source, dtype=precision.weights, device=device, quantise=quantised)
     say(
@@ -195,7 +195,7 @@ def build_model(
             )
         )
     if h.use_gradient_checkpointing:
-        switch_checkpointing(loaded, h.gradient_checkpointing_policy)
+        recompute(loaded.model, h.gradient_checkpointing_policy)
         say(f"Gradient checkpointing enabled ({h.gradient_checkpointing_policy}).")
     else:
         say("Gradient checkpointing off.")
@@ -222,18 +222,6 @@ def build_model(
     return Model(loaded, trained, load_tokenizer(source), precision, choice, stepper)
 
 
-def switch_checkpointing(loaded: Loaded, policy: str) -> None:
-    """Recompute activations in the backward pass; "selective" keeps the matrix products (torch's SAC)."""
-    arguments: dict[str, Any] = {"use_reentrant": False}
-    if policy == "selective":
-        arguments["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
-    loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-
-
-def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def say_attention(loaded: Loaded, choice: Choice, device: str, say: Say) -> None:
     """The log's word on the attention kernel that will be called, and on every faster way that was passed over."""
     kernel = loaded.attention.kernel
@@ -251,13 +239,9 @@ def say_attention(loaded: Loaded, choice: Choice, device: str, say: Say) -> None
 
 def compile_layers(loaded: Loaded, say: Say) -> None:
     """Compile each block on its own: the same code serves all of them, and shapes may change."""
-    blocks = next(
-        (m for _, m in loaded.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None
-    )
+    blocks = next((m for _, m in loaded.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0), None)
     if blocks is None:
-        raise Refusal(
-            "This model has no list of layers to compile. Switch Compile off.", "hyperparams.compile"
-        )
+        raise Refusal("This model has no list of layers to compile. Switch Compile off.", "hyperparams.compile")
     for block in blocks:
         block.compile(dynamic=True)
     say(f"Compile: {len(blocks)} layers; the first step takes longer.")

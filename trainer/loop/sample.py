@@ -48,7 +48,7 @@ def answer(
     ids = torch.tensor([prompt], device=device)
     try:
         with torch.no_grad(), off, precision:
-            out = trained.generate(
+            out = trained.generate(  # type: ignore[operator]  # nn.Module's hint knows no generate
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
@@ -64,6 +64,4 @@ def answer(
             )
     finally:
         trained.train(was_training)
-    return tokenizer.decode(
-        out[0, len(prompt) :], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -19,7 +19,7 @@ from trainer.schema import Config
 from trainer.worker import Worker
 
 if TYPE_CHECKING:
-    from trainer.loop.train import Surroundings
+    from trainer.loop.ready import Surroundings
 
 DEFAULT_PROMPTS = 3
 
@@ -33,9 +33,7 @@ class Question:
     wanted: str | None
 
 
-def compose(
-    text: str, index: int, config: Config, prompt: Prompt, user_profiles: Path
-) -> list[dict[str, Any]]:
+def compose(text: str, index: int, config: Config, prompt: Prompt, user_profiles: Path) -> list[dict[str, Any]]:
     """The messages of a person's own prompt, with system message and profile as a row would have them."""
     profile = profiles.load(prompt.profile, user_profiles) if prompt.profile is not None else None
     messages = profiles.with_system(
@@ -49,9 +47,7 @@ def held_out_messages(
 ) -> list[list[dict[str, Any]]]:
     """The messages of the first `count` held-out rows (or trained ones where none are held out), as they are trained."""
     cache, rows = (
-        (tokens.held_out, tokens.held_out_rows)
-        if len(tokens.held_out_rows)
-        else (tokens.cache, tokens.trained_rows)
+        (tokens.held_out, tokens.held_out_rows) if len(tokens.held_out_rows) else (tokens.cache, tokens.trained_rows)
     )
     files = [file["path"] for file in cache.meta["files"]]
     found = []
@@ -77,22 +73,16 @@ def held_out_messages(
 class Sampler:
     """Holds the questions of a run and writes the answers of a step as `sample` events."""
 
-    def __init__(
-        self, config: Config, prompt: Prompt, model: Model, tokens: Tokens, around: Surroundings
-    ) -> None:
+    def __init__(self, config: Config, prompt: Prompt, model: Model, tokens: Tokens, around: Surroundings) -> None:
         self._config, self._model, self._around = config, model, around
         self._renderer = Renderer(model.tokenizer, tokens.cache.meta["chat_template"], prompt.date)
-        self._profile = (
-            profiles.load(prompt.profile, around.profiles_root) if prompt.profile is not None else None
-        )
+        self._profile = profiles.load(prompt.profile, around.profiles_root) if prompt.profile is not None else None
         self._questions = [
             self._question(compose(text, index, config, prompt, around.profiles_root), None)
             for index, text in enumerate(config.eval.sample_prompts)
         ]
         if not self._questions:
-            rows = held_out_messages(
-                config, prompt, tokens, around.worker, around.profiles_root, DEFAULT_PROMPTS
-            )
+            rows = held_out_messages(config, prompt, tokens, around.worker, around.profiles_root, DEFAULT_PROMPTS)
             self._questions = [self._question(row[:-1], row[-1]["content"]) for row in rows]
 
     def _question(self, messages: list[dict[str, Any]], wanted: str | None) -> Question:

@@ -25,6 +25,7 @@ from trainer.loop.sample import answer
 from trainer.loop.sampler import held_out_messages
 from trainer.loop.save import Saver, Snapshot, load_optimizer, snapshot
 from trainer.machine import GIB
+from trainer.models import activations
 from trainer.models.load import load_model
 from trainer.refusal import Refusal
 from trainer.report import Report
@@ -189,11 +190,9 @@ def checkpointing(report: Report, config: Config, model: Model, tokens: Tokens) 
     as_set = saved_bytes(model, batch)
     inner = model.loaded.model
     if wanted:
-        inner.gradient_checkpointing_disable()
+        activations.keep(inner)
         plain = saved_bytes(model, batch)
-        from trainer.loop.prepare import switch_checkpointing
-
-        switch_checkpointing(model.loaded, config.hyperparams.gradient_checkpointing_policy)
+        activations.recompute(inner, config.hyperparams.gradient_checkpointing_policy)
         text = f"Gradient checkpointing is on: one row keeps {as_set / 2**20:.1f} MiB of activations instead of {plain / 2**20:.1f}."
         report.add(
             "checkpointing",
@@ -204,7 +203,7 @@ def checkpointing(report: Report, config: Config, model: Model, tokens: Tokens) 
             f"{as_set / max(1, plain):.0%}",
         )
         return
-    on = bool(getattr(inner, "is_gradient_checkpointing", False))
+    on = activations.recomputes(inner)
     report.add(
         "checkpointing",
         "problem" if on else "pass",
@@ -293,13 +292,9 @@ def checkpoint_round_trip(report: Report, bench: Bench, folder: Path) -> None:
     model, stepper = bench.model, bench.model.stepper
     rows = bench.plan.micro_batches(1, bench.config.hyperparams.batch_size)[0]
     number = bench.taken + 1
-    shot = snapshot(
-        number, model.trained, stepper.named, stepper.optimizer, {"step": number, "best_step": None}
-    )
+    shot = snapshot(number, model.trained, stepper.named, stepper.optimizer, {"step": number, "best_step": None})
     events = EventLog(folder / "events.jsonl")
-    saver = Saver(
-        folder / "checkpoints", events, model.trained, model.tokenizer, model.loaded.base_path, keep=1
-    )
+    saver = Saver(folder / "checkpoints", events, model.trained, model.tokenizer, model.loaded.base_path, keep=1)
     (folder / "checkpoints").mkdir(mode=0o700, exist_ok=True)
     saver.save(shot, set())
     saver.wait()
@@ -314,9 +309,7 @@ def checkpoint_round_trip(report: Report, bench: Bench, folder: Path) -> None:
     same = first == second if bench.device == "cpu" else abs(first - second) <= 1e-3 * abs(first)
     if different or not same:
         what = (
-            f"tensor {different[0]} differs"
-            if different
-            else f"the next loss is {second:.6f} instead of {first:.6f}"
+            f"tensor {different[0]} differs" if different else f"the next loss is {second:.6f} instead of {first:.6f}"
         )
         report.add("checkpoint", "problem", f"A checkpoint does not come back as it was saved: {what}.")
         return
@@ -388,9 +381,7 @@ def forecast(report: Report, bench: Bench, folder: Path) -> None:
     """Seconds a step at the plan's mean length, the whole run's time, and the disk it needs."""
     h = bench.config.hyperparams
     typical = slice(LONGEST_STEPS, LONGEST_STEPS + REPEATED_STEPS)
-    seconds_a_token = float(
-        np.median(np.array(bench.seconds[typical]) / np.array(bench.tokens_done[typical]))
-    )
+    seconds_a_token = float(np.median(np.array(bench.seconds[typical]) / np.array(bench.tokens_done[typical])))
     lengths = np.asarray(bench.tokens.cache.lengths)
     tokens_a_step = float(lengths[bench.plan.rows].sum()) / max(1, bench.plan.total_steps)
     seconds = seconds_a_token * tokens_a_step

@@ -114,13 +114,14 @@ class Stepper:
         The gradient is that of the summed label losses over the labels of all micro-batches together.
         """
         started = time.perf_counter()
-        labels = sum(
-            int((np.asarray(cache.labels(int(row)))[1:] > 0).sum()) for rows in micro_rows for row in rows
-        )
+        labels = sum(int((np.asarray(cache.labels(int(row)))[1:] > 0).sum()) for rows in micro_rows for row in rows)
         data_s = time.perf_counter() - started
         marks = Marks(self.device)
         marks.mark()
-        sums, labels_of_row, row_ids, tokens = [], [], [], 0
+        sums: list[torch.Tensor] = []
+        labels_of_row: list[int] = []
+        row_ids: list[int] = []
+        tokens = 0
         for micro, rows in enumerate(micro_rows):
             if interrupt is not None and interrupt():
                 self.optimizer.zero_grad(set_to_none=True)

@@ -9,33 +9,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer import checkpoint
-from trainer.data.packing import Plan, waste
-from trainer.data.tokens import TokenCache
-from trainer.events import EventLog
-from trainer.launch import Prompt
-from trainer.loop import optim, prepare
-from trainer.loop.evaluate import held_out_loss, micro_groups
-from trainer.loop.sampler import Sampler
-from trainer.loop.save import Saver, load_optimizer, snapshot
+from trainer.loop.evaluate import held_out_loss
+from trainer.loop.ready import Ready, Surroundings
+from trainer.loop.save import snapshot
 from trainer.loop.schedule import learning_rate
 from trainer.loop.step import StepRecord
 from trainer.metrics import MetricsWriter
+from trainer.models.activations import recompute
 from trainer.refusal import Refusal
-from trainer.run import RunDir
 from trainer.schema import Config
-from trainer.signals import Signals
-from trainer.telemetry import Telemetry
-from trainer.worker import Worker
 
 IN_FLIGHT_STEPS = 2
-MUST_MATCH = ("token_key", "plan", "seed", "threads", "model_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -47,209 +37,21 @@ class Outcome:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a run finds around it: where it is written, who may end it, what parses foreign bytes, which device."""
-
-    run: RunDir
-    events: EventLog
-    signals: Signals
-    telemetry: Telemetry
-    worker: Worker
-    tokens_root: Path
-    profiles_root: Path
-    device: str
-    device_name: str
-    threads: int
-    life: int
-    say: Callable[[str], None]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; what a checkpoint keeps besides tensors."""
-
-    step: int = 0
-    packs_each: int = 1
-    checkpointing: bool = False
-    best_loss: float | None = None
-    best_step: int | None = None
-    checks_without_better: int = 0
-    elapsed_s: float = 0.0
-
-
 class Training:
     """One life of a run, from the first token to the last checkpoint."""
 
-    def __init__(self, around: Surroundings, config: Config, prompt: Prompt, skip_eval: bool) -> None:
-        self.around, self.config, self.prompt = around, config, prompt
-        self.evaluating = not skip_eval and config.eval.eval_strategy != "no"
-        self.progress = Progress(
-            packs_each=config.hyperparams.batch_size,
-            checkpointing=config.hyperparams.use_gradient_checkpointing,
-        )
-        self.facts: dict[str, Any] = {}
+    def __init__(self, around: Surroundings, config: Config, ready: Ready) -> None:
+        self.around, self.config, self.ready = around, config, ready
+        self.plan, self.tokens, self.model = ready.plan, ready.tokens, ready.model
+        self.stepper, self.saver, self.sampler = ready.model.stepper, ready.saver, ready.sampler
+        self.progress = ready.progress
+        self.saved_step = ready.saved_step
         self.waiting: deque[StepRecord] = deque()
         self.recent: deque[float] = deque(maxlen=50)
         self.last_arrival = time.perf_counter()
         self.diverged_at: int | None = None
-        self.saved_step: int | None = None
-
-    # -- phases before the first step
-
-    def prepare(self, found: checkpoint.Found | None) -> None:
-        """Tokens, plan, model; with `found` also the state of that checkpoint."""
-        around, config = self.around, self.config
-        around.say(self.prompt.line)
-        self.tokens = self._tokens()
-        self.plan = prepare.plan_of(config, self.tokens)
-        self._announce_plan()
-        self._leave_if_asked()
-        around.events.append("phase", name="load")
-        self.model = prepare.build_model(
-            config,
-            Path(config.model_path),
-            self.tokens.cache,
-            around.device,
-            around.device_name,
-            around.say,
-            resume_from=found.path / checkpoint.MODEL if found else None,
-        )
-        self.stepper = self.model.stepper
-        self.facts = self._facts()
-        if found is not None:
-            self._take_up(found)
-        self._keep_template()
-        self.saver = Saver(
-            around.run.checkpoints,
-            around.events,
-            self.model.trained,
-            self.model.tokenizer,
-            self.model.loaded.base_path,
-            config.output.save_total_limit,
-        )
-        lengths = np.asarray(self.tokens.held_out.lengths)
-        self.groups = (
-            micro_groups(self.tokens.held_out_rows, lengths, config.hyperparams.max_length * 2)
-            if self.evaluating
-            else []
-        )
-        self.sampler = (
-            Sampler(config, self.prompt, self.model, self.tokens, around)
-            if config.eval.sample_steps
-            else None
-        )
-        self._leave_if_asked()
-
-    def _tokens(self) -> prepare.Tokens:
-        around, config = self.around, self.config
-        model_path = Path(config.model_path)
-        last = [0.0]
-
-        def progress(done: int, total: int) -> None:
-            if time.monotonic() - last[0] > 0.5 or done == total:
-                last[0] = time.monotonic()
-                around.events.append("phase", name="tokenise", done=done, total=total)
-
-        def cached(files: list[str]) -> TokenCache:
-            roots = (around.tokens_root, around.profiles_root)
-            return prepare.tokenise(
-                config,
-                self.prompt,
-                model_path,
-                roots,
-                around.worker,
-                around.signals.interrupt,
-                progress,
-                files,
-            )
-
-        around.events.append("phase", name="tokenise", done=0, total=None)
-        cache = cached([file.path for file in config.data.files])
-        held_out = (
-            cached([config.data.validation_dataset_path])
-            if config.data.validation_dataset_path and self.evaluating
-            else None
-        )
-        meta = cache.meta
-        around.say(
-            f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {100 * meta['labels'] / max(1, meta['tokens']):.0f} % answer "
-            f"tokens; {meta['rows_cut']:,} rows cut, {meta['rows_dropped']:,} dropped, {meta['rows_skipped']:,} unusable."
-        )
-        if meta.get("template_note"):
-            around.say(f"Template: {meta['template_note']}")
-        return prepare.split_rows(config if self.evaluating else _without_held_out(config), cache, held_out)
-
-    def _announce_plan(self) -> None:
-        plan, config = self.plan, self.config
-        if plan.total_steps == 0:
-            raise Refusal("The plan has no step: there is no row to train on.", "data.dataset_path")
-        per_epoch = int(plan.epoch_ends[0]) if len(plan.epoch_ends) else plan.total_steps
-        lost = (
-            waste(plan, np.asarray(self.tokens.cache.lengths), config.hyperparams.max_length)
-            if config.hyperparams.packing
-            else None
-        )
-        self.around.events.append(
-            "plan",
-            total_steps=plan.total_steps,
-            steps_per_epoch=per_epoch,
-            rows=len(self.tokens.trained_rows),
-            held_out_rows=len(plan.held_out),
-            rows_per_step=config.hyperparams.rows_per_step,
-            waste=lost,
-        )
-        packed = f", packs {100 * (1 - lost):.1f} % full" if lost is not None else ""
-        self.around.say(
-            f"Plan: {plan.total_steps:,} steps of {config.hyperparams.rows_per_step} {'packs' if packed else 'rows'}, "
-            f"{len(plan.held_out):,} rows held out{packed}."
-        )
-
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same for a resume to be the same run."""
-        snapshot_ = self.around.run.snapshot()
-        return {
-            "token_key": self.tokens.cache.meta["key"],
-            "plan": _plan_hash(self.plan),
-            "seed": self.config.data.seed,
-            "threads": self.around.threads,
-            "model_fingerprint": snapshot_["model"]["fingerprint"],
-        }
-
-    def _take_up(self, found: checkpoint.Found) -> None:
-        state = checkpoint.read_state(found.path)
-        for key in MUST_MATCH:
-            if state["facts"].get(key) != self.facts[key]:
-                raise Refusal(
-                    f"Cannot resume: {key.replace('_', ' ')} was {state['facts'].get(key)} and is now {self.facts[key]}; "
-                    "the rest of the curve would be another run's. Put it back, or start a new run from this checkpoint's model."
-                )
-        optim.restore(self.stepper.optimizer, self.stepper.named, load_optimizer(found.path))
-        if state.get("scaler"):
-            self.stepper.scaler.load_state_dict(state["scaler"])
-        kept = dict(state["progress"])
-        if kept["checkpointing"] and not self.progress.checkpointing:
-            prepare.switch_checkpointing(
-                self.model.loaded, self.config.hyperparams.gradient_checkpointing_policy
-            )
-        self.progress = Progress(**kept)
-        self.saved_step = found.step
-        for name, why in found.passed_over:
-            self.around.events.append(
-                "alert",
-                code="checkpoint",
-                step=found.step,
-                text=f"{name} was passed over: {why}. It is kept.",
-            )
-        self.around.say(f"Resuming from step {found.step}.")
-
-    def _keep_template(self) -> None:
-        """The checkpoint's tokenizer carries the template that was really trained, not one that was replaced."""
-        self.model.tokenizer.chat_template = self.tokens.cache.meta["chat_template"]
-
-    def _leave_if_asked(self) -> None:
-        if self.around.signals.interrupt():
-            raise prepare.Left()
+        self.disk_checked = 0.0
+        self.disk_is_low = False
 
     # -- the loop
 
@@ -296,9 +98,7 @@ class Training:
             groups = self.plan.micro_batches(number, self.progress.packs_each)
             record = self.stepper.step(number, groups, self.tokens.cache, rate, self.around.signals.now)
         except torch.OutOfMemoryError:
-            out_of_memory = (
-                True  # the frames, and the tensors in them, are gone only after this block is left
-            )
+            out_of_memory = True  # the frames, and the tensors in them, are gone only after this block is left
         if out_of_memory:
             self._smaller(number)
             return False
@@ -318,9 +118,7 @@ class Training:
             before, progress.packs_each = progress.packs_each, progress.packs_each // 2
             did = f"Micro-batch now {progress.packs_each} instead of {before}: each step trains the same tokens. Nothing lost."
         elif not progress.checkpointing:
-            prepare.switch_checkpointing(
-                self.model.loaded, self.config.hyperparams.gradient_checkpointing_policy
-            )
+            recompute(self.model.loaded.model, self.config.hyperparams.gradient_checkpointing_policy)
             progress.checkpointing = True
             did = "Gradient checkpointing is now on. Nothing lost; about a quarter slower."
         else:
@@ -389,6 +187,18 @@ class Training:
             )
         self.recent.append(loss)
 
+    def _watch_disk(self) -> None:
+        """Mark the run when the disk runs low, once each time it falls below the limit; looked at every 10 s."""
+        if time.monotonic() - self.disk_checked < 10:
+            return
+        self.disk_checked = time.monotonic()
+        free_gb = checkpoint.free_bytes(self.around.run.path) / 1e9
+        low = free_gb < self.config.alerts.disk_free_gb
+        if low and not self.disk_is_low:
+            text = f"{free_gb:.1f} GB of disk is free, less than {self.config.alerts.disk_free_gb:g} GB. Free some, or saving will stop."
+            self.around.events.append("alert", code="disk", step=self.progress.step, text=text)
+        self.disk_is_low = low
+
     # -- between steps
 
     def _after_step(self) -> Outcome | None:
@@ -397,7 +207,7 @@ class Training:
         epoch_end = step in self.plan.epoch_ends
         strategy = config.eval.eval_strategy
         due = strategy == "epoch" and epoch_end or strategy == "steps" and step % config.eval.eval_steps == 0
-        if self.evaluating and (due or last):
+        if self.ready.held_out_groups and (due or last):
             self._arrivals(0)
             if self._check_held_out() and self._patience_gone():
                 return self._ended(
@@ -406,7 +216,9 @@ class Training:
                 )
         if self.sampler and step % config.eval.sample_steps == 0:
             self._arrivals(0)
-            self._aside("sample", lambda: self.sampler.write(step))
+            sampler = self.sampler
+            self._aside("sample", lambda: sampler.write(step))
+        self._watch_disk()
         asked = self.around.signals.save_asked.is_set()
         if not last and (asked or config.output.save_steps and step % config.output.save_steps == 0):
             self.around.signals.save_asked.clear()
@@ -425,7 +237,7 @@ class Training:
 
     def _check_held_out(self) -> bool:
         """Measure held-out loss; True when it was measured (and not left for a stop)."""
-        if not self.groups or self.diverged_at is not None:
+        if not self.ready.held_out_groups or self.diverged_at is not None:
             return False
         loss = self._aside(
             "eval",
@@ -433,7 +245,7 @@ class Training:
                 self.model.loaded.model,
                 self.model.trained,
                 self.tokens.held_out,
-                self.groups,
+                self.ready.held_out_groups,
                 self.model.choice.path,
                 self.around.device,
                 self.around.signals.interrupt,
@@ -447,9 +259,7 @@ class Training:
             progress.best_loss, progress.best_step, progress.checks_without_better = loss, progress.step, 0
         else:
             progress.checks_without_better += 1
-        self.around.events.append(
-            "eval", step=progress.step, loss=loss, rows=len(self.plan.held_out), best=best
-        )
+        self.around.events.append("eval", step=progress.step, loss=loss, rows=len(self.plan.held_out), best=best)
         if best and self.config.hyperparams.early_stopping_patience and progress.step:
             self._save()  # the best weights must exist when the run stops for want of better ones
         return True
@@ -463,18 +273,16 @@ class Training:
         progress = self.progress
         state = {
             "step": progress.step,
-            "progress": vars(progress),
+            "progress": dict(vars(progress)),  # a copy: the loop goes on while the files are written
             "best_step": progress.best_step,
-            "facts": self.facts,
+            "facts": self.ready.facts,
             "scaler": self.stepper.scaler.state_dict() or None,
         }
         pinned = {progress.best_step} if progress.best_step is not None else set()
         self._aside(
             "save",
             lambda: self.saver.save(
-                snapshot(
-                    progress.step, self.model.trained, self.stepper.named, self.stepper.optimizer, state
-                ),
+                snapshot(progress.step, self.model.trained, self.stepper.named, self.stepper.optimizer, state),
                 pinned,
             ),
         )
@@ -490,9 +298,7 @@ class Training:
             self._save()
         self.saver.wait()
         saved = checkpoint.listed(self.around.run.checkpoints)
-        size = (
-            sum(file.stat().st_size for file in saved[0][1].rglob("*") if file.is_file()) if saved else None
-        )
+        size = sum(file.stat().st_size for file in saved[0][1].rglob("*") if file.is_file()) if saved else None
         fields |= {
             "saved_step": saved[0][0] if saved else None,
             "saved_bytes": size,
@@ -513,16 +319,3 @@ class Training:
             int(self.diverged_at or 0),
             {"cause": cause, "saved_step": saved[0][0] if saved else None},
         )
-
-
-def _without_held_out(config: Config) -> Config:
-    return config.model_copy(update={"eval": config.eval.model_copy(update={"eval_strategy": "no"})})
-
-
-def _plan_hash(plan: Plan) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in (plan.rows, plan.pack_starts, plan.step_packs, plan.held_out):
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()[:16]

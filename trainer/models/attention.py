@@ -51,9 +51,7 @@ class DocumentAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, T, H, D)."""
-        if (
-            documents is None
-        ):  # generation and reference passes: one sequence with a cache, transformers' own path
+        if documents is None:  # generation and reference passes: one sequence with a cache, transformers' own path
             self.calls["sdpa"] += 1
             return sdpa_attention_forward(
                 module,

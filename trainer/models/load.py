@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from trainer.launch import base_of
@@ -15,15 +15,9 @@ from trainer.models import attention
 from trainer.refusal import Refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# keys in a model's config.json that would choose a kernel, and could make transformers ask a hub for it
-KERNEL_KEYS = (
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "experts_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-)
+# what a model's config.json may set to choose a kernel, which could make transformers ask a hub for it
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+KERNEL_CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     extra: dict[str, Any] = {"quantization_config": _four_bits()} if quantise else {}
     try:
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        for key in KERNEL_KEYS:
-            config.__dict__.pop(key, None)
+        _forget_kernels(config)
         model, report = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
@@ -79,6 +72,16 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
         )
     model.config.use_cache = False
     return Loaded(model if quantise else model.to(device), function, base)
+
+
+def _forget_kernels(config: PreTrainedConfig) -> None:
+    for key in KERNEL_KEYS:
+        config.__dict__.pop(key, None)
+    for choice in KERNEL_CHOICES:
+        setattr(config, choice, None)
+    for inner in vars(config).values():
+        if isinstance(inner, PreTrainedConfig):
+            _forget_kernels(inner)
 
 
 def _four_bits() -> Any:

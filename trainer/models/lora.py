@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,14 +47,19 @@ def add_lora(
     torch.manual_seed(seed)
     settings = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number, its hint says int
+
         lora_dropout=dropout,
         target_modules=targets or sensible_targets(model),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that 5.20 renamed
+        return get_peft_model(model, settings)
 
 
 def continue_lora(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put a saved adapter on its base model and make it trainable again."""
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True, local_files_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True, local_files_only=True)

@@ -54,10 +54,18 @@
       return changed;
     }
 
+    /** The whole run: what every chart shows while nobody has zoomed, so that their axes agree. */
+    full(model) {
+      const at = this.places(model), { step = 0, now = 0 } = model.fast;
+      if (!at.byTime) return [0, Math.max(step, 1) * 1.005];
+      const end = model.isLive ? now : model.lastSignBefore(Infinity);
+      return [at.ofTime(0), Math.max(at.ofTime(end), at.ofTime(0) + 1 / this.unit[1])];
+    }
+
+    /** Show `range` on every chart; `from` is the one where the person did it. */
     zoom(range, from) {
       this.range = range;
-      const update = range ? { "xaxis.range": range } : { "xaxis.autorange": true };
-      for (const chart of this.charts) if (chart !== from && chart.isDrawn) chart.quietly({ ...update });
+      for (const chart of this.charts) if (chart !== from && chart.isDrawn) chart.quietly({ "xaxis.range": range });
     }
   }
 
@@ -152,7 +160,7 @@
     const limit = gpu ? model.last(heat.limit_gib) : NaN;
     return {
       traces: traces.filter(Boolean),
-      shapes: [...phases(model, at, ink), ...seams(model, at, ink)],
+      shapes: [...phases(model, view, at, ink), ...seams(model, at, ink)],
       notes: Number.isFinite(limit)
         ? [{ text: `limit ${limit.toFixed(1)} GiB`, x: 1, xref: "paper", xanchor: "right", y: limit, yanchor: "bottom" }]
         : [],
@@ -161,15 +169,15 @@
   }
 
   /** Shaded spans of the phases that are not training. */
-  function phases(model, at, ink) {
-    const shapes = [];
+  function phases(model, view, at, ink) {
+    const shapes = [], [low, high] = view.range ?? view.full(model);
     let open = null;
     const close = (until) => {
       const x0 = open && at.ofTime(open.at), x1 = open && at.ofTime(until);
       if (open && Number.isFinite(x0) && x1 > x0) {
         shapes.push({
           type: "rect", xref: "x", yref: "paper", x0, x1, y0: 0, y1: 1, layer: "below", line: { width: 0 },
-          fillcolor: `${ink.help}1F`, label: at.byTime && shapes.length < 6
+          fillcolor: `${ink.help}1F`, label: (x1 - x0) / (high - low) > 0.06
             ? { text: open.name, textposition: "top left", font: { size: 12, color: ink.help } } : undefined,
         });
       }
@@ -190,13 +198,13 @@
       const at = view.places(model), ink = view.ink;
       const rows = list.map((row) => row(model, at, ink)).filter((row) => row.traces.some((t) => t.x.length));
       rows.forEach((row, i) => row.traces.forEach((trace) => (trace.yaxis = i ? `y${i + 1}` : "y")));
-      return { traces: rows.flatMap((row) => row.traces), rows: rows.map(({ title, rangemode }) => ({ title, rangemode })) };
+      return { traces: rows.flatMap((row) => row.traces), rows: rows.map(({ title, rangemode, tickformat }) => ({ title, rangemode, tickformat })) };
     };
   }
 
-  const byStep = (title, name, format) => (model, at, ink) => {
+  const byStep = (title, name, format, tickformat, rangemode) => (model, at, ink) => {
     const { x = [], y = [] } = model.series[name] ?? {};
-    return { title, traces: [line(title, x.map(at.ofStep), y.map((v) => (Number.isFinite(v) ? v : null)), ink.run, { format, width: 1.5 })] };
+    return { title, tickformat, rangemode, traces: [line(title, x.map(at.ofStep), y.map((v) => (Number.isFinite(v) ? v : null)), ink.run, { format, width: 1.5 })] };
   };
 
   const byTime = (title, parts) => (model, at, ink) => ({
@@ -208,9 +216,9 @@
     }),
   });
 
-  const rateChart = stacked([byStep("Learning rate", "learning_rate", ".2g"), byStep("Gradient norm", "grad_norm", ".2f")]);
+  const rateChart = stacked([byStep("Learning rate", "learning_rate", ".2~e", ".1~e"), byStep("Gradient norm", "grad_norm", ".2f", "", "tozero")]);
   const speedChart = stacked([
-    byStep("Tokens a second", "speed", ",.0f"),
+    byStep("Tokens a second", "speed", ",.0f", ",.0f", "tozero"),
     byTime("Utilisation %, temperature °C", [["utilisation", "utilisation %", "run"], ["temperature_c", "temperature °C", "series-2", "dash"]]),
     byTime("Power W", [["power_w", "power W", "run"]]),
   ]);
@@ -232,16 +240,14 @@
         hoverlabel: { bgcolor: ink.surface, bordercolor: ink.line, font: { color: ink.text, size: 12 } },
         dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", uirevision: "kept",
         xaxis: {
-          ...axis, showgrid: false, linecolor: ink.line, showline: true, nticks: 10, tickformat: byTime ? "~g" : ",d",
+          ...axis, showgrid: false, linecolor: ink.line, showline: true, nticks: 10, autorange: false, range: this.xRange(),
+          tickformat: byTime ? "~g" : ",d", ticksuffix: byTime ? ` ${this.view.unit[0]}` : "",
+          tickprefix: byTime ? "" : "step ", showtickprefix: "first",
           unifiedhovertitle: { text: byTime ? `%{x:.3~g} ${this.view.unit[0]}` : "step %{x:,.0f}" },
-          ...(this.view.range ? { range: this.view.range, autorange: false } : { autorange: true }),
         },
         yaxis9: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
         shapes: drawing.shapes ?? [],
-        annotations: [
-          { text: byTime ? this.view.unit[0] : "step", x: 1, y: 0, xref: "paper", yref: "paper", xanchor: "right", yanchor: "top", yshift: -5 },
-          ...(drawing.notes ?? []),
-        ].map((note) => ({ showarrow: false, font, ...note })),
+        annotations: (drawing.notes ?? []).map((note) => ({ showarrow: false, font, ...note })),
       };
       this.addRows(layout, drawing, axis, font);
       return layout;
@@ -249,15 +255,19 @@
 
     addRows(layout, drawing, axis, font) {
       const count = drawing.rows.length, gap = 0.16 / Math.max(count, 1);
-      drawing.rows.forEach(({ title, type = "linear", rangemode = "normal", nticks = count > 1 ? 4 : 6 }, i) => {
+      drawing.rows.forEach(({ title, type = "linear", rangemode = "normal", tickformat = "", nticks = count > 1 ? 4 : 6 }, i) => {
         const low = (count - 1 - i) / count, high = (count - i) / count - (count > 1 ? gap : 0);
         layout[i ? `yaxis${i + 1}` : "yaxis"] = {
-          ...axis, type, rangemode, domain: [low, high], nticks, exponentformat: "power",
+          ...axis, type, rangemode, domain: [low, high], nticks, tickformat,
           ...(this.yRange && !i ? { range: this.yRange, autorange: false } : { autorange: true }),
         };
         if (title) layout.annotations.push({ text: title, x: 0, y: high, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, font });
       });
       if (count > 1) layout.xaxis.anchor = `y${count}`;
+    }
+
+    xRange() {
+      return this.view.range ?? this.view.full(this.model);
     }
 
     /** Bring the drawing up to date with `model`. `anew` redraws all of it. */
@@ -272,7 +282,7 @@
     }
 
     async drawAll(drawing) {
-      const config = { displayModeBar: false, responsive: true, doubleClick: "reset", showTips: false };
+      const config = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
       this.isQuiet = true;
       await Plotly.react(this.box, drawing.traces, this.layout(drawing), config);
       this.isQuiet = false;
@@ -282,6 +292,7 @@
     }
 
     async drawNew(drawing) {
+      this.box.layout.xaxis.range = this.xRange(); // taken up by the extension below, without a drawing of its own
       for (const isMark of [false, true]) {
         const fresh = drawing.traces.map((t, i) => i)
           .filter((i) => Boolean(drawing.traces[i].text) === isMark && drawing.traces[i].x.length > this.counts[i]);
@@ -307,6 +318,7 @@
 
     listen() {
       this.box.on("plotly_relayout", (change) => this.onRelayout(change));
+      this.box.on("plotly_doubleclick", () => this.resetZoom());
       this.box.on("plotly_click", ({ points }) => {
         const trace = this.drawing.traces[0], steps = this.drawing.steps;
         if (!this.onStep || !steps?.length || !points.length) return;
@@ -320,16 +332,15 @@
       if ("yaxis.range[0]" in change) this.yRange = [change["yaxis.range[0]"], change["yaxis.range[1]"]];
       if (change["yaxis.autorange"]) this.yRange = null;
       if ("xaxis.range[0]" in change) this.view.zoom([change["xaxis.range[0]"], change["xaxis.range[1]"]], this);
-      if (change["xaxis.autorange"]) this.resetZoom();
     }
 
     /** Back to the whole run, on every chart. */
     resetZoom() {
+      this.view.range = null;
       for (const chart of this.view.charts) {
         chart.yRange = null;
-        if (chart.isDrawn) chart.quietly({ "xaxis.autorange": true, "yaxis.autorange": true });
+        if (chart.isDrawn) chart.quietly({ "xaxis.range": chart.xRange(), "yaxis.autorange": true });
       }
-      this.view.range = null;
     }
 
     /** Save what is drawn as a PNG. */

@@ -4,7 +4,6 @@
   "use strict";
   const signalbox = (window.signalbox ??= {});
   const { el, chip, button, say } = signalbox;
-  const LIVE = ["preparing", "running", "pausing", "stopping"];
   const ENDED_BADLY = ["failed", "diverged", "interrupted"];
   const SPANS = [1, 3, 5, 10, 20, 50, 100, 200, 500, 1000];
 
@@ -67,7 +66,7 @@
         return;
       }
       const other = state.run && state.run.run_id !== this.runId ? state.run : null;
-      this.parts.elsewhere.hidden = !other || LIVE.includes(this.model.fast.state);
+      this.parts.elsewhere.hidden = !other || this.model.isLive;
       if (!other) return;
       const ended = this.model.status.ended_at;
       say(this.parts.elsewhereText, `You are looking at ${/^i/.test(this.model.fast.state ?? "") ? "an" : "a"} ${this.model.fast.state ?? ""} run${ended ? ` (${signalbox.numbers.when(ended, Date.now() / 1000)})` : ""}. Running now: `);
@@ -143,13 +142,20 @@
     }
 
     menu() {
-      const id = "sb-live-menu";
-      const close = (act) => () => (act(), document.getElementById(id).hidePopover());
-      const csv = el("a.sb-menuitem", { role: "menuitem", href: `${this.base}/metrics.csv`, download: `${this.runId}.csv` }, "Every step as CSV");
-      const png = button("Picture (PNG)", close(() => this.lossChart.savePng(`${this.runId}-loss`)), "", { role: "menuitem" });
-      const reset = button("Reset zoom", close(() => this.lossChart.resetZoom()), "", { role: "menuitem" });
-      const opener = el("button.sb-button.sb-live-more", { type: "button", popovertarget: id, "aria-label": "More for this chart", "aria-haspopup": "menu" }, "⋮");
-      return el("span.sb-live-menu", opener, el("div.sb-pop", { id, popover: true, role: "menu" }, csv, png, reset));
+      const csv = el("a", { role: "menuitem", href: `${this.base}/metrics.csv`, download: `${this.runId}.csv` }, "Every step as CSV");
+      const item = (word, act) => el("button", { type: "button", role: "menuitem", onclick: act }, word);
+      const png = item("Picture (PNG)", () => this.lossChart.savePng(`${this.runId}-loss`));
+      const list = el("div.sb-live-menu", { popover: true, role: "menu", onclick: () => list.hidePopover() }, csv, png, item("Reset zoom", () => this.lossChart.resetZoom()));
+      const opener = el("button.sb-button.sb-live-more", { type: "button", "aria-label": "More for this chart", "aria-haspopup": "menu" }, "⋮");
+      opener.popoverTargetElement = list;
+      list.addEventListener("toggle", (event) => {
+        if (event.newState !== "open") return;
+        const place = opener.getBoundingClientRect();
+        list.style.top = `${place.bottom + 4}px`;
+        list.style.left = `${place.right - list.offsetWidth}px`;
+        csv.focus();
+      });
+      return el("span", opener, list);
     }
 
     memoryPanel() {
@@ -181,7 +187,7 @@
       this.cursor = this.model.isHeavy ? "" : answer.next;
       this.mark = answer.h ?? this.mark;
       this.isRedrawn ||= reset || gen !== answer.gen;
-      this.poller.isAtRest = !LIVE.includes(answer.state);
+      this.poller.isAtRest = !this.model.isLive;
       this.parts.silence.hidden = true;
       this.root.classList.remove("is-silent");
       this.showHead();
@@ -217,7 +223,7 @@
         p.state.replaceChildren(chip(f.state));
         say(p.spoken, `The run is ${f.state}.`);
       }
-      const isLive = LIVE.includes(f.state), share = f.total ? Math.min(f.step / f.total, 1) : 0;
+      const { isLive } = this.model, share = f.total ? Math.min(f.step / f.total, 1) : 0;
       p.bar.style.width = `${share * 100}%`;
       p.track.setAttribute("aria-valuemax", f.total ?? 0);
       p.track.setAttribute("aria-valuenow", f.step);
@@ -255,7 +261,7 @@
       f.Loss(n.loss(loss), m.change() ?? "", Number.isNaN(loss) ? "bad" : "");
       const heldOut = m.status.held_out === undefined ? null : m.status.held_out;
       f["Held-out"](n.loss(heldOut), heldOut === null ? "not measured yet" : m.gap());
-      const gpu = Boolean(m.heat.device_gib), column = gpu ? "device_gib" : "process_gib", isLive = LIVE.includes(m.fast.state);
+      const gpu = Boolean(m.heat.device_gib), column = gpu ? "device_gib" : "process_gib", isLive = m.isLive;
       const peak = known(m.peak(column)), used = isLive ? known(m.last(m.heat[column])) : peak;
       const limit = gpu ? known(m.last(m.heat.limit_gib)) : null;
       const text = limit === null ? n.memory(used) : `${used === null ? "–" : used.toFixed(1)} / ${n.memory(limit)}`;
@@ -274,7 +280,7 @@
     }
 
     showEnd() {
-      const { state } = this.model.fast, isEnd = !LIVE.includes(state) && state !== "queued";
+      const { state } = this.model.fast, isEnd = !this.model.isLive && state !== "queued";
       const key = JSON.stringify([state, this.model.status, this.model.events.length]);
       this.parts.notice.hidden = !isEnd;
       this.parts.figures.hidden = ENDED_BADLY.includes(state);

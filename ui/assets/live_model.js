@@ -5,6 +5,7 @@
   const signalbox = (window.signalbox ??= {});
 
   const ENDS = new Set(["paused", "stopped", "finished", "failed", "diverged"]);
+  const LIVE = new Set(["preparing", "running", "pausing", "stopping"]);
   const WORDS = { nan: NaN, inf: Infinity, "-inf": -Infinity };
 
   /** A number off the wire: NaN and infinity travel as words, absent ones as null. */
@@ -154,6 +155,10 @@
       }
     }
 
+    get isLive() {
+      return LIVE.has(this.fast.state);
+    }
+
     /** More points than a screen can show: time to ask for the thinned history again. */
     get isHeavy() {
       return (this.series.loss?.x.length ?? 0) > 6000 || (this.heat.process_gib?.x.length ?? 0) > 6000;
@@ -192,6 +197,7 @@
       };
       const difference = level(last) - level(from);
       if (!(last - x[0] >= 30) || !Number.isFinite(difference)) return null;
+      if (Math.abs(difference) < 0.005) return `level over ${last - from} steps`;
       const sign = difference < 0 ? "−" : "+";
       return `${sign}${Math.abs(difference).toFixed(2)} in ${last - from} steps`;
     }

@@ -126,7 +126,7 @@
       const panel = this.panelOf[name];
       try {
         const answer = await send(`${this.board.base}/${name.toLowerCase()}`);
-        panel.replaceChildren(...signalbox.runTabs[name](answer));
+        panel.replaceChildren(...signalbox.runTabs[name](answer, this.board.base));
       } catch (error) {
         panel.replaceChildren(el("p.sb-tone-bad", error.message));
       }
@@ -170,7 +170,7 @@
       this.open("Rows", scroll);
       try {
         const answer = await send(`${this.board.base}/rows?step=${step}`);
-        this.rows.replaceChildren(...signalbox.runTabs.Rows(answer));
+        this.rows.replaceChildren(...signalbox.runTabs.Rows(answer, this.board.base));
       } catch (error) {
         this.rows.replaceChildren(el("p.sb-tone-bad", error.message));
       }

@@ -26,15 +26,32 @@
         typeof e.base === "string" && el("div", el("h3", "Before training"), folded(e.base))))));
   }
 
-  function rows({ step, rows: found, note }) {
+  function rows({ step, rows: found, note }, base) {
     const n = signalbox.numbers;
     if (!found.length) return [el("p.sb-help", note ?? `Nothing is known of the rows of step ${n.count(step)}.`)];
-    const heads = ["Row", "Loss", "Labels", "Where", "Text"];
-    const ordered = found.toSorted((a, b) => signalbox.number(b.loss) - signalbox.number(a.loss));
+    // NaN first: it is what one looks for
+    const height = (row) => (row.loss === "nan" ? Infinity : signalbox.number(row.loss));
+    const ordered = found.toSorted((a, b) => height(b) - height(a));
+    const cells = ordered.map((row) => [n.count(row.row), n.loss(row.loss), n.count(row.labels), row.where, row.where ? rowText(row.row, base) : null]);
     return [
       el("p.sb-help", `${found.length} rows of step ${n.count(step)}, highest loss first.${note ? ` ${note}` : ""}`),
-      table(heads, ordered.map((row) => [n.count(row.row), n.loss(row.loss), n.count(row.labels), row.where, row.text ? folded(row.text) : null])),
+      table(["Row", "Loss", "Labels", "Where", "Text"], cells),
     ];
+  }
+
+  /** A button that fetches the text of a row, turn by turn. */
+  function rowText(row, base) {
+    const place = el("div.sb-live-turns");
+    const show = async () => {
+      try {
+        const { messages } = await signalbox.send(`${base}/row?row=${row}`);
+        place.replaceChildren(...messages.map((m) => el("div", el("span.sb-help", m.role), folded(m.content))));
+      } catch (error) {
+        place.replaceChildren(el("span.sb-tone-bad", error.message));
+      }
+    };
+    place.append(button("Show", show, "", { class: "sb-button sb-small" }));
+    return place;
   }
 
   const shown = (value) => {
@@ -49,7 +66,7 @@
     return [
       el("p.sb-help", "What this run was started with. Bold: not the default."),
       el("div.sb-live-columns",
-        Object.entries(groups).map(([title, fields]) => block(title, fields.map((f) => [f.title, `${shown(f.value)}${f.unit && f.value !== null ? ` ${f.unit}` : ""}`, f.changed]))),
+        Object.entries(groups).map(([title, fields]) => block(title, fields.map((f) => [f.title, `${shown(f.value)}${f.unit && f.value !== null ? ` ${f.value === 1 ? f.unit.replace(/s$/, "") : f.unit}` : ""}`, f.changed]))),
         block("Versions", Object.entries(versions)),
         block("Run", Object.entries(facts).map(([name, value]) => [name.replaceAll("_", " "), shown(value)]))),
     ];
@@ -63,16 +80,16 @@
     return el("details.sb-live-use", el("summary", "Use this model"), el("pre", { id }, text.join("\n")), el("button.sb-button", { type: "button", data: { copy: id } }, "Copy"));
   }
 
-  function checkpoints({ checkpoints: found, method, verify }) {
+  function checkpoints({ checkpoints: found, method, may_verify: mayVerify }, base) {
     const n = signalbox.numbers;
     if (!found.length) return [el("p.sb-help", "No checkpoint yet. Save checkpoint writes one after the step under way.")];
     const cells = found.map((row) => {
       if (!row.whole) return [row.folder, null, null, "incomplete; passed over, kept", null, null];
       const verdict = el("span", "");
-      const check = verify && button("Verify", async () => {
+      const check = mayVerify && button("Verify", async () => {
         verdict.textContent = "reading …";
         try {
-          const { problems } = await signalbox.send(verify, { step: row.step });
+          const { problems } = await signalbox.send(`${base}/verify`, { step: row.step });
           verdict.textContent = problems.length ? `damaged: ${problems.join("; ")}` : "verified, every byte";
         } catch (error) {
           verdict.textContent = error.message;
@@ -80,7 +97,7 @@
       }, "", { class: "sb-button sb-small" });
       return [`step ${n.count(row.step)}`, n.disk(row.bytes), n.when(row.written, Date.now() / 1000), row.names.join(", "), el("span", check || "", " ", verdict), row.path ? snippet(row, method) : null];
     });
-    return [table(["Checkpoint", "Size", "Written", "", "Check", "Use"], cells)];
+    return [table(["Checkpoint", "Size", "Written", "Which", "Check", "Use"], cells)];
   }
 
   signalbox.runTabs = { Samples: samples, Rows: rows, Settings: settings, Checkpoints: checkpoints };

@@ -48,7 +48,12 @@ def build(site: Site) -> None:
                 _static(parts.GATE, "train-gate-box")
         _static(parts.BOTTOM, "train-bottom-box")
         bus = gr.HTML(
-            "", html_template="<span></span>", elem_id="train-bus", apply_default_css=False, head=head, js_on_load=_ON_LOAD
+            "",
+            html_template="<span></span>",
+            elem_id="train-bus",
+            apply_default_css=False,
+            head=head,
+            js_on_load=_ON_LOAD,
         )
     _listen(site, form, bus)
 
@@ -91,9 +96,7 @@ def _on_change(site: Site, form: Form, info: FieldInfo, bus: gr.HTML) -> Callabl
         caller = require(request, "save_config")
         text = from_component(info, value)
         try:
-            draft = site.drafts.change(
-                caller.session, lambda draft: changed_by_hand(site, draft, info.key, text)
-            )
+            draft = site.drafts.change(caller.session, lambda draft: changed_by_hand(site, draft, info.key, text))
         except Refusal as refusal:
             return {bus: _signal(site.drafts.read(caller.session), refusal.message)}
         updates: dict[Any, Any] = {bus: _signal(draft)}
@@ -131,4 +134,3 @@ def _shown(site: Site, form: Form, bus: gr.HTML, draft: Draft, before: FormState
         else:
             updates[form.components[info.key]] = gr.update(value=value)
     return updates
-

@@ -19,8 +19,20 @@ from ui.gate_facts import Action, GateLine, MemoryFact
 from ui.glyphs import chip, glyph
 from ui.suggest import Suggestion
 
-_GLYPHS = {"problem": "problem", "warning": "warning", "pass": "pass", "not-possible": "not-possible", "not-run": "not-run"}
-_WORDS = {"problem": "Problem", "warning": "Warning", "pass": "Passed", "not-possible": "Not possible here", "not-run": "Open"}
+_GLYPHS = {
+    "problem": "problem",
+    "warning": "warning",
+    "pass": "pass",
+    "not-possible": "not-possible",
+    "not-run": "not-run",
+}
+_WORDS = {
+    "problem": "Problem",
+    "warning": "Warning",
+    "pass": "Passed",
+    "not-possible": "Not possible here",
+    "not-run": "Open",
+}
 
 
 def head_html(lines: list[GateLine]) -> str:
@@ -55,7 +67,7 @@ def _line(line: GateLine) -> str:
         f'<li class="sb-tone-{tone}{stale}" data-code="{html.escape(line.code)}" '
         f'data-fields="{html.escape(" ".join(line.fields))}">{glyph(_GLYPHS[line.status])}'
         f'<span class="sb-line-text"><span class="sb-hidden">{_WORDS[line.status]}: </span>{html.escape(line.text)}</span>'
-        f'{f"<div class=sb-offers>{actions}</div>" if actions else ""}{more}</li>'
+        f"{f'<div class=sb-offers>{actions}</div>' if actions else ''}{more}</li>"
     )
 
 
@@ -64,7 +76,9 @@ def _action(action: Action) -> str:
     if action.kind == "link":
         return f'<a class="sb-button sb-small" href="{html.escape(action.href)}">{label}</a>'
     if action.kind == "field":
-        return f'<button type="button" class="sb-button sb-small" data-goto="{html.escape(action.field)}">{label}</button>'
+        return (
+            f'<button type="button" class="sb-button sb-small" data-goto="{html.escape(action.goto)}">{label}</button>'
+        )
     values = html.escape(json.dumps({"act": "set", "values": action.values}))
     return f'<button type="button" class="sb-button sb-small" data-act="{values}">{label}</button>'
 
@@ -151,4 +165,8 @@ def backups_html(name: str, backups: Iterable[tuple[Path, float]], now_s: float)
         f'data-backup="{html.escape(path.name)}" data-name="{html.escape(name)}">Put back</button></li>'
         for path, at in backups
     )
-    return f'<p class="sb-help">Earlier versions of {html.escape(name)}</p><ul class="sb-plain">{rows}</ul>' if rows else ""
+    return (
+        f'<p class="sb-help">Earlier versions of {html.escape(name)}</p><ul class="sb-plain">{rows}</ul>'
+        if rows
+        else ""
+    )

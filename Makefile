@@ -1,0 +1,45 @@
+# make run: the app on 127.0.0.1:7860 · make test: everything under ten minutes · make long: the long suites
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test long check screenshots bench settings clean
+
+# the environment is made again whenever the dependencies change
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+run: $(VENV)/.run
+	$(BIN)/python app.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+# minutes to hours: every mutant, every stop step, every browser path
+long: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet "ruff>=0.9" "mypy>=1.13"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy trainer profiles ui app.py
+
+# pictures of the real app for the README; needs Chromium
+screenshots: $(VENV)/.test
+	$(BIN)/python docs/take_screenshots.py
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.page
+
+settings: $(VENV)/.run
+	$(BIN)/python -m trainer.settings_doc
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,220 @@
+"""The doctor of a data file: which rows can be trained, what is wrong with the others, how long they are in tokens.
+
+One streaming pass; lengths come from a seeded sample of bounded size. Called by `trainer check-data` and the
+worker; imports no torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.conversation import PROBLEM_NAMES
+from trainer.data.formats import Row, Tally, read_rows
+from trainer.data.render import Rendered, Renderer, template_for
+from trainer.data.shape import Shaper
+from trainer.refusal import Refusal
+
+PROBLEMS_LISTED = 200
+SAMPLE_ROWS = 2000
+SAMPLE_CHARACTERS = 32 * 1024 * 1024
+DUPLICATES_WATCHED = 2_000_000
+HISTOGRAM_BINS = 24
+
+Conversation = list[dict[str, str]]
+
+
+def check_data(
+    path: Path | str,
+    *,
+    tokenizer: Any = None,
+    profile: str | None = None,
+    profiles_root: str | None = None,
+    system_prompt: str = "",
+    date: str = "1970-01-01",
+    max_length: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Examine a chat file; the result is what `check-data --json` prints.
+
+    "valid" is False when any row has a problem or none is usable; "problems" lists the first 200 of them, "counts"
+    has all by code. With a tokenizer, "lengths" (tokens) and "label_share" come from at most 2,000 rows, shaped and
+    rendered as training would. `date` is YYYY-MM-DD. Raises Refusal when the file cannot be read, or the profile or
+    template not be used.
+    """
+    tally = Tally()
+    checkup = _Checkup(seed, wants_sample=tokenizer is not None)
+    for row in read_rows(path, tally=tally):
+        checkup.take(row)
+    result = checkup.result() | {"bytes": tally.bytes, "sha256": tally.hexdigest()}
+    if tokenizer is not None and checkup.usable:
+        shaper = Shaper(profile, profiles_root, system_prompt, date)
+        template, note = template_for(tokenizer, shaper.profile)
+        measured = _measure(checkup.sample(), shaper, Renderer(tokenizer, template, date), max_length)
+        result["warnings"] += measured.pop("warnings")
+        result |= measured | {"template_note": note}
+    return result
+
+
+class _Checkup:
+    """What one pass over the rows collects."""
+
+    def __init__(self, seed: int, wants_sample: bool) -> None:
+        self.rows = 0
+        self.usable = 0
+        self.counts: Counter[str] = Counter()
+        self.problems: list[dict[str, Any]] = []
+        self.turns: Counter[int] = Counter()
+        self.with_system = 0
+        self.duplicates = 0
+        self._seen: set[bytes] = set()
+        self._draw = random.Random(seed)
+        self._wants_sample = wants_sample
+        self._heap: list[tuple[float, int, Conversation]] = []
+        self._characters = 0
+
+    def take(self, row: Row) -> None:
+        """Count one row in."""
+        self.rows += 1
+        priority = self._draw.random()  # drawn for every row, so that a row's luck hangs on its place alone
+        if row.messages is None:
+            assert row.problem is not None
+            self.counts[row.problem.code] += 1
+            if len(self.problems) < PROBLEMS_LISTED:
+                found = {"line": row.line, "code": row.problem.code, "message": row.problem.message}
+                self.problems.append(found)
+            return
+        self.usable += 1
+        self.turns[sum(message["role"] != "system" for message in row.messages)] += 1
+        self.with_system += row.messages[0]["role"] == "system"
+        self._watch_duplicates(row.messages)
+        if self._wants_sample:
+            self._offer(priority, row)
+
+    def sample(self) -> list[tuple[int, Conversation]]:
+        """(row of the file, messages) of the sampled rows, in file order."""
+        return sorted((index, messages) for _, index, messages in self._heap)
+
+    def result(self) -> dict[str, Any]:
+        """The part of the report that needs no tokenizer."""
+        warnings = []
+        if self.duplicates:
+            watched = "" if self.usable <= DUPLICATES_WATCHED else f" among the first {DUPLICATES_WATCHED:,}"
+            text = f"{self.duplicates:,} of {self.usable:,} rows say the same as an earlier one{watched}."
+            warnings.append({"code": "duplicates", "count": self.duplicates, "message": text})
+        return {
+            "valid": self.usable > 0 and self.usable == self.rows,
+            "format": "unknown" if self.counts["wrong_format"] else "chat JSON Lines",
+            "rows": self.rows,
+            "usable": self.usable,
+            "summary": self._summary(),
+            "problems": self.problems,
+            "counts": dict(self.counts.most_common()),
+            "warnings": warnings,
+            "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
+            "with_system": self.with_system,
+        }
+
+    def _summary(self) -> str:
+        if not self.rows:
+            return "The file has no rows."
+        text = f"{self.usable:,} of {self.rows:,} rows are usable."
+        if self.usable == self.rows:
+            return text
+        kinds = " · ".join(f"{count:,} {PROBLEM_NAMES[code]}" for code, count in self.counts.most_common())
+        bad = self.rows - self.usable
+        return f"{text} {bad:,} {'has a problem' if bad == 1 else 'have problems'}: {kinds}."
+
+    def _watch_duplicates(self, messages: Conversation) -> None:
+        digest = blake2b(digest_size=8)
+        for message in messages:
+            content = message["content"].encode()
+            digest.update(b"%s %d " % (message["role"].encode(), len(content)) + content)
+        mark = digest.digest()
+        if mark in self._seen:
+            self.duplicates += 1
+        elif len(self._seen) < DUPLICATES_WATCHED:
+            self._seen.add(mark)
+
+    def _offer(self, priority: float, row: Row) -> None:
+        """Keep the rows with the smallest draws, as many as the two limits allow: each row has the same chance."""
+        assert row.messages is not None
+        if len(self._heap) >= SAMPLE_ROWS and -self._heap[0][0] < priority:
+            return
+        heapq.heappush(self._heap, (-priority, row.index, row.messages))
+        self._characters += _characters(row.messages)
+        while len(self._heap) > SAMPLE_ROWS or (self._characters > SAMPLE_CHARACTERS and len(self._heap) > 1):
+            self._characters -= _characters(heapq.heappop(self._heap)[2])
+
+
+def _measure(
+    sample: list[tuple[int, Conversation]], shaper: Shaper, renderer: Renderer, max_length: int | None
+) -> dict[str, Any]:
+    """Lengths in tokens and the share of labels of sampled rows, and what the template does to them."""
+    refused: list[str] = []
+    notes: Counter[str] = Counter()
+    lengths, labels = [], []
+    for start in range(0, len(sample), 128):
+        shaped = []
+        for index, messages in sample[start : start + 128]:
+            try:
+                shaped.append(shaper.shape(messages, index))
+            except Refusal as refusal:
+                refused.append(refusal.message)
+        for rendered in renderer.render_many(shaped):
+            if isinstance(rendered, Rendered):
+                lengths.append(len(rendered.ids))
+                labels.append(sum(rendered.labels))
+                notes.update(rendered.notes)
+            else:
+                refused.append(rendered.message)
+    warnings = []
+    if refused:
+        text = f"{len(refused):,} of {len(sample):,} sampled rows cannot be rendered. The first: {refused[0]}"
+        warnings.append({"code": "template", "count": len(refused), "message": text})
+    warnings += [
+        {"code": code, "count": count, "message": f"{_NOTES[code]} ({count:,} of {len(sample):,} sampled rows)."}
+        for code, count in notes.items()
+    ]
+    if not lengths:
+        return {"lengths": None, "label_share": None, "warnings": warnings}
+    return {
+        "lengths": _lengths(np.array(lengths), max_length),
+        "label_share": sum(labels) / sum(lengths),
+        "warnings": warnings,
+    }
+
+
+_NOTES = {
+    "system_dropped": "The chat template drops the system message",
+    "thinking_dropped": "The chat template takes the thinking out of answers",
+    "whitespace_changed": "The chat template changes white space around texts",
+    "no_end_token": "No token ends an answer, so the tuned model cannot stop by itself",
+}
+
+
+def _lengths(lengths: np.ndarray, max_length: int | None) -> dict[str, Any]:
+    """Quantiles and a histogram with bins of equal width; `over` counts sampled rows longer than `max_length`."""
+    counts, edges = np.histogram(lengths, bins=HISTOGRAM_BINS, range=(0, int(lengths.max()) + 1))
+    marks = np.quantile(lengths, [0.5, 0.95, 0.99], method="inverted_cdf")
+    return {
+        "sampled": len(lengths),
+        "mean": float(lengths.mean()),
+        "median": int(marks[0]),
+        "p95": int(marks[1]),
+        "p99": int(marks[2]),
+        "longest": int(lengths.max()),
+        "over": int((lengths > max_length).sum()) if max_length else None,
+        "max_length": max_length,
+        "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
+    }
+
+
+def _characters(messages: Conversation) -> int:
+    return sum(len(message["content"]) for message in messages)

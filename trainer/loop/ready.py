@@ -1,0 +1,215 @@
+"""A run made ready: tokens, plan and model, and where a checkpoint left off. What stands here happens once, before step 1."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import checkpoint
+from trainer.data.packing import Plan, waste
+from trainer.data.tokens import TokenCache
+from trainer.events import EventLog
+from trainer.launch import Prompt
+from trainer.loop import optim, prepare
+from trainer.loop.evaluate import micro_groups
+from trainer.loop.sampler import Sampler
+from trainer.loop.save import Saver, load_optimizer
+from trainer.models.activations import recompute
+from trainer.refusal import Refusal
+from trainer.run import RunDir
+from trainer.schema import Config
+from trainer.signals import Signals
+from trainer.telemetry import Telemetry
+from trainer.worker import Worker
+
+# what must be the same for a resume to be the same run; everything else may change
+MUST_MATCH = ("token_key", "plan", "seed", "threads", "model_fingerprint")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run finds around it: where it is written, who may end it, what parses foreign bytes, which device."""
+
+    run: RunDir
+    events: EventLog
+    signals: Signals
+    telemetry: Telemetry
+    worker: Worker
+    tokens_root: Path
+    profiles_root: Path
+    device: str
+    device_name: str
+    threads: int
+    life: int
+    say: Callable[[str], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a checkpoint keeps besides tensors."""
+
+    step: int = 0
+    packs_each: int = 1
+    checkpointing: bool = False
+    best_loss: float | None = None
+    best_step: int | None = None
+    checks_without_better: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that the loop needs. `held_out_groups` is empty when held-out loss is not measured."""
+
+    tokens: prepare.Tokens
+    plan: Plan
+    model: prepare.Model
+    saver: Saver
+    sampler: Sampler | None
+    held_out_groups: list[np.ndarray]
+    progress: Progress
+    saved_step: int | None
+    facts: dict[str, Any]
+
+
+def get_ready(
+    around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None, skip_eval: bool
+) -> Ready:
+    """Tokenise, plan, load; with `found` take up the state of that checkpoint. Raises Left when a stop was asked for."""
+    if skip_eval:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"eval_strategy": "no"})})
+    around.say(prompt.line)
+    tokens = _tokens(around, config, prompt)
+    plan = prepare.plan_of(config, tokens)
+    _announce(around, config, tokens, plan)
+    leave_if_asked(around)
+    around.events.append("phase", name="load")
+    model = prepare.build_model(
+        config,
+        Path(config.model_path),
+        tokens.cache,
+        around.device,
+        around.device_name,
+        around.say,
+        resume_from=found.path / checkpoint.MODEL if found else None,
+    )
+    facts = _facts(around, config, tokens, plan)
+    h = config.hyperparams
+    progress = Progress(packs_each=h.batch_size, checkpointing=h.use_gradient_checkpointing)
+    if found is not None:
+        progress = _take_up(around, config, model, facts, found)
+    # the checkpoint's tokenizer carries the template that was really trained, not one that was replaced
+    model.tokenizer.chat_template = tokens.cache.meta["chat_template"]
+    saver = Saver(
+        around.run.checkpoints,
+        around.events,
+        model.trained,
+        model.tokenizer,
+        model.loaded.base_path,
+        config.output.save_total_limit,
+    )
+    lengths = np.asarray(tokens.held_out.lengths)
+    measured = config.eval.eval_strategy != "no" and len(tokens.held_out_rows) > 0
+    groups = micro_groups(tokens.held_out_rows, lengths, h.max_length * 2) if measured else []
+    sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
+    leave_if_asked(around)
+    return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts)
+
+
+def leave_if_asked(around: Surroundings) -> None:
+    """Raise Left when a stop or a pause was asked for."""
+    if around.signals.interrupt():
+        raise prepare.Left()
+
+
+def _tokens(around: Surroundings, config: Config, prompt: Prompt) -> prepare.Tokens:
+    last_s = [0.0]
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - last_s[0] > 0.5 or done == total:
+            last_s[0] = time.monotonic()
+            around.events.append("phase", name="tokenise", done=done, total=total)
+
+    def cached(files: list[str]) -> TokenCache:
+        roots = (around.tokens_root, around.profiles_root)
+        path = Path(config.model_path)
+        return prepare.tokenise(config, prompt, path, roots, around.worker, around.signals.interrupt, progress, files)
+
+    around.events.append("phase", name="tokenise", done=0, total=None)
+    cache = cached([file.path for file in config.data.files])
+    own = config.data.validation_dataset_path
+    held_out = cached([own]) if own and config.eval.eval_strategy != "no" else None
+    meta = cache.meta
+    share = 100 * meta["labels"] / max(1, meta["tokens"])
+    around.say(
+        f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; "
+        f"{meta['rows_cut']:,} rows cut, {meta['rows_dropped']:,} dropped, {meta['rows_skipped']:,} unusable."
+    )
+    if meta.get("template_note"):
+        around.say(f"Template: {meta['template_note']}")
+    return prepare.split_rows(config, cache, held_out)
+
+
+def _announce(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: Plan) -> None:
+    if plan.total_steps == 0:
+        raise Refusal("The plan has no step: there is no row to train on.", "data.dataset_path")
+    h = config.hyperparams
+    per_epoch = int(plan.epoch_ends[0]) if len(plan.epoch_ends) else plan.total_steps
+    lost = waste(plan, np.asarray(tokens.cache.lengths), h.max_length) if h.packing else None
+    around.events.append(
+        "plan",
+        total_steps=plan.total_steps,
+        steps_per_epoch=per_epoch,
+        rows=len(tokens.trained_rows),
+        held_out_rows=len(plan.held_out),
+        rows_per_step=h.rows_per_step,
+        waste=lost,
+    )
+    packed = f", packs {100 * (1 - lost):.1f} % full" if lost is not None else ""
+    around.say(
+        f"Plan: {plan.total_steps:,} steps of {h.rows_per_step} {'packs' if packed else 'rows'}, "
+        f"{len(plan.held_out):,} rows held out{packed}."
+    )
+
+
+def _facts(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: Plan) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in (plan.rows, plan.pack_starts, plan.step_packs, plan.held_out):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return {
+        "token_key": tokens.cache.meta["key"],
+        "plan": digest.hexdigest()[:16],
+        "seed": config.data.seed,
+        "threads": around.threads,
+        "model_fingerprint": around.run.snapshot()["model"]["fingerprint"],
+    }
+
+
+def _take_up(
+    around: Surroundings, config: Config, model: prepare.Model, facts: dict[str, Any], found: checkpoint.Found
+) -> Progress:
+    state = checkpoint.read_state(found.path)
+    for key in MUST_MATCH:
+        if state["facts"].get(key) != facts[key]:
+            raise Refusal(
+                f"Cannot resume: {key.replace('_', ' ')} was {state['facts'].get(key)} and is now {facts[key]}; the rest "
+                "of the curve would be another run's. Put it back, or start a new run from this checkpoint's model."
+            )
+    stepper = model.stepper
+    optim.restore(stepper.optimizer, stepper.named, load_optimizer(found.path))
+    if state.get("scaler"):
+        stepper.scaler.load_state_dict(state["scaler"])
+    progress = Progress(**state["progress"])
+    if progress.checkpointing and not config.hyperparams.use_gradient_checkpointing:
+        recompute(model.loaded.model, config.hyperparams.gradient_checkpointing_policy)
+    for name, why in found.passed_over:
+        text = f"{name} was passed over: {why}. It is kept."
+        around.events.append("alert", code="checkpoint", step=found.step, text=text)
+    around.say(f"Resuming from step {found.step}.")
+    return progress

@@ -1,0 +1,213 @@
+"""What a worker child does: one method for each operation, JSON in and JSON out.
+
+Runs in the child only (trainer.worker_child); libraries are imported by the operation that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.refusal import Refusal
+
+TOKENS_SHOWN = 20_000
+PREVIEW_ROWS = 3
+
+
+class Operations:
+    """The operations and what they keep between calls: the last tokenizer and the last file's row count."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report = report
+        self._reported = 0.0
+        self._tokenizer: tuple[object, Any] = (None, None)
+        self._rows: tuple[object, int] = (None, 0)
+        self._operations: dict[str, Callable[..., Any]] = {
+            "warm": self.warm,
+            "check_model": self.check_model,
+            "check_data": self.check_data,
+            "view_row": self.view_row,
+            "preview_profile": self.preview_profile,
+            "tokenise": self.tokenise,
+            "convert": self.convert,
+            "starter": self.starter,
+        }
+
+    def run(self, op: str, args: dict[str, Any]) -> Any:
+        """Do `op`; raises Refusal for what the data did, KeyError for an operation that does not exist."""
+        return self._operations[op](**args)
+
+    def warm(self) -> None:
+        """Import what most operations need."""
+        import numpy  # noqa: F401
+        from transformers import AutoTokenizer  # noqa: F401
+
+        from trainer.data import doctor, tokens  # noqa: F401
+
+    def check_model(self, path: str, **options: Any) -> Any:
+        """The report on a model folder; `options` as in trainer.models.inspect."""
+        from trainer.models.inspect import inspect_model
+
+        return _json(inspect_model(Path(path), **options))
+
+    def check_data(self, path: str, model_path: str | None = None, **options: Any) -> dict[str, Any]:
+        """The doctor's report; with a model, lengths in its tokens. `options` as in trainer.data.doctor."""
+        from trainer.data.doctor import check_data
+
+        tokenizer = self._load_tokenizer(model_path) if model_path else None
+        return check_data(path, tokenizer=tokenizer, **options)
+
+    def view_row(
+        self,
+        path: str,
+        row: int,
+        model_path: str,
+        profile: str | None,
+        system_prompt: str,
+        date: str,
+        max_length: int,
+        too_long: str,
+        profiles_root: str | None = None,
+    ) -> dict[str, Any]:
+        """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind."""
+        from trainer.data.render import Renderer, template_for, token_texts
+        from trainer.data.shape import Shaper
+
+        found, rows = self._row(path, row)
+        shaper = Shaper(profile, profiles_root, system_prompt, date)
+        view: dict[str, Any] = {
+            "line": found.line, "rows": rows, "system_prompt": shaper.system_prompt, "before": found.messages,
+            "after": None, "tokens": [], "counts": {}, "notes": [], "note": "", "problem": None,
+        }  # fmt: skip
+        if found.messages is None:
+            assert found.problem is not None
+            return view | {"problem": asdict(found.problem)}
+        try:
+            view["after"] = shaper.shape(found.messages, found.index)
+            tokenizer = self._load_tokenizer(model_path)
+            template, template_note = template_for(tokenizer, shaper.profile)
+            rendered = Renderer(tokenizer, template, date).render(view["after"])
+        except Refusal as refusal:
+            if refusal.field is not None:
+                raise
+            return view | {"problem": {"code": "template", "message": refusal.message}}
+        kinds = [kind if at < max_length else "cut" for at, kind in enumerate(rendered.kinds)]
+        shown = rendered.ids[:TOKENS_SHOWN]
+        tokens = [
+            {"text": text, "id": number, "kind": kind}
+            for text, number, kind in zip(token_texts(tokenizer, shown), shown, kinds, strict=False)
+        ]
+        counts = {kind: kinds.count(kind) for kind in ("label", "context", "special", "cut")}
+        counts["tokens"] = len(kinds)
+        note = _note(len(kinds), counts, max_length, too_long, template_note)
+        return view | {"tokens": tokens, "counts": counts, "notes": list(rendered.notes), "note": note}
+
+    def preview_profile(
+        self,
+        path: str,
+        profile: str | None,
+        system_prompt: str,
+        date: str,
+        profiles_root: str | None = None,
+        rows: int = PREVIEW_ROWS,
+    ) -> dict[str, Any]:
+        """The first usable rows before and after the profile, and the system prompt with the date filled in."""
+        from trainer.data.formats import read_rows
+        from trainer.data.shape import Shaper
+
+        shaper = Shaper(profile, profiles_root, system_prompt, date)
+        shown = []
+        for row in read_rows(path):
+            if len(shown) >= rows:
+                break
+            if row.messages is None:
+                continue
+            view = {"line": row.line, "row": row.index, "before": row.messages, "after": None, "problem": None}
+            try:
+                view["after"] = shaper.shape(row.messages, row.index)
+            except Refusal as refusal:
+                view["problem"] = refusal.message
+            shown.append(view)
+        return {
+            "system_prompt": shaper.system_prompt,
+            "description": shaper.profile.description if shaper.profile else "",
+            "rows": shown,
+        }
+
+    def tokenise(self, request: dict[str, Any], root: str) -> dict[str, Any]:
+        """Build or find the token cache of `request` (fields of TokenRequest) in `root`; reports rows done."""
+        from trainer.data.tokens import TokenCache, TokenRequest, build_cache
+
+        asked = TokenRequest(**(request | {"files": tuple(request["files"])}))
+        cache = build_cache(asked, Path(root), self._progress)
+        return {"cache": str(cache), "meta": TokenCache.open(cache).meta}
+
+    def convert(self, path: str, out: str) -> Any:
+        """Rewrite a folder with pickle weights as safetensors in the new folder `out`."""
+        from trainer.models.convert import convert_model
+
+        return _json(convert_model(Path(path), Path(out)))
+
+    def starter(self, models_root: str, datasets_root: str) -> Any:
+        """Write the starter model and the starter dataset."""
+        from trainer.models.starter import write_starter
+
+        return _json(write_starter(Path(models_root), Path(datasets_root)))
+
+    def _progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._reported >= 0.1:
+            self._reported = now
+            self._report(done, total)
+
+    def _load_tokenizer(self, model_path: str) -> Any:
+        from trainer.data.tokens import load_tokenizer, tokenizer_files
+
+        mark = (model_path, *((file.name, _stamp(file)) for file in tokenizer_files(Path(model_path))))
+        if self._tokenizer[0] != mark:
+            self._tokenizer = (mark, load_tokenizer(model_path))
+        return self._tokenizer[1]
+
+    def _row(self, path: str, index: int) -> tuple[Any, int]:
+        """(the row at `index`, rows in the file)."""
+        from trainer.data.formats import read_rows, scan
+
+        mark = (path, _stamp(Path(path)) if os.path.exists(path) else None)
+        if self._rows[0] != mark:
+            self._rows = (mark, scan(path).rows)
+        rows = self._rows[1]
+        found = next(read_rows(path, start=index), None) if index >= 0 else None
+        if found is None:
+            raise Refusal(f"There is no row {index + 1:,}: {Path(path).name} has {rows:,} rows.")
+        return found, rows
+
+
+def _note(tokens: int, counts: dict[str, int], max_length: int, too_long: str, template_note: str) -> str:
+    """What a person must know about a row's tokens, in sentences."""
+    said = [template_note] if template_note else []
+    if counts["cut"]:
+        ends = {
+            "cut": f"its last {counts['cut']:,} are cut off",
+            "drop": "the row is left out",
+            "refuse": "the run will not start",
+        }
+        said.append(f"{tokens:,} tokens, {max_length:,} allowed: {ends[too_long]}.")
+    if tokens > TOKENS_SHOWN:
+        said.append(f"The first {TOKENS_SHOWN:,} tokens are shown.")
+    if not counts["label"]:
+        said.append("No token of this row is trained.")
+    return " ".join(said)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _json(value: Any) -> Any:
+    """A dataclass as what JSON can carry; anything else unchanged."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

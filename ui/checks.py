@@ -1,0 +1,93 @@
+"""Checks of models and data for the gate: each is done once for the same files and settings, as a job.
+
+Owns `cache/checks/KEY.json` of the workspace, which says which job holds the result; so results survive a restart
+and all tabs share them. Called by `ui/facts.py` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.files import make_private_dir, read_json, write_json
+from ui.site import Site
+
+STALE_CLAIM_S = 10.0
+RETRY_AFTER_S = 60.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """How one check stands: state "running", "done" or "failed"; progress 0 to 1 or None; the result or the reason."""
+
+    state: str
+    progress: float | None = None
+    result: Any = None
+    error: str = ""
+
+
+Ask = Callable[[Callable[[int, int], None], Callable[[], bool]], Any]
+
+
+def check(site: Site, kind: str, about: dict[str, Any], ask: Ask) -> Check:
+    """The check of `kind` for exactly `about`; starts it when nobody has. Never waits.
+
+    `ask(on_progress, cancelled)` does the work on the job's thread. A failed check is tried again after a minute.
+    """
+    folder = make_private_dir(site.workspace.root / "cache" / "checks")
+    text = json.dumps([kind, about], sort_keys=True, ensure_ascii=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    known = _read(site, path)
+    if known is not None:
+        return known
+    if _claim(path):
+        write_json(path, {"job": site.jobs.start(kind, ask), "started": time.time()})
+    return Check("running")
+
+
+def _read(site: Site, path: Path) -> Check | None:
+    """What is known already; None when the check must be started (again)."""
+    try:
+        note = read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:  # claimed by another thread that has not written its job yet, or died before
+        return Check("running") if time.time() - path.stat().st_mtime < STALE_CLAIM_S else _drop(path)
+    job = site.jobs.read(note["job"])
+    if job["state"] == "done":
+        return Check("done", result=job["result"])
+    if job["state"] in ("running", "queued"):
+        return Check("running", progress=job.get("progress"))
+    if time.time() - note["started"] > RETRY_AFTER_S or job["state"] == "interrupted":
+        return _drop(path)
+    return Check("failed", error=job.get("error") or "The check did not come to its end.")
+
+
+def _drop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _claim(path: Path) -> bool:
+    """Whether this thread is the one that starts the check."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def stamp(path: Path) -> list[Any]:
+    """What changes when a file does, or any file of a folder: names, sizes and times, without reading them."""
+    if path.is_dir():
+        return sorted([p.name, *stamp(p)] for p in path.iterdir() if p.is_file())
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
