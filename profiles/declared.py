@@ -45,9 +45,7 @@ def names(user_root: Path) -> list[str]:
     there."""
     if not user_root.is_dir():
         return []
-    return sorted(
-        path.stem for path in user_root.glob("*.json") if NAME.fullmatch(path.stem) and path.is_file()
-    )
+    return sorted(path.stem for path in user_root.glob("*.json") if NAME.fullmatch(path.stem) and path.is_file())
 
 
 def read(path: Path) -> Declared:
@@ -63,9 +61,7 @@ def read(path: Path) -> Declared:
         raise ValueError(f"{where} needs one JSON object with {', '.join(_KINDS)}.")
     _check(where, content)
     if content["name"] != path.stem:
-        raise ValueError(
-            f"{where} names itself '{content['name'][:64]}'. Name and file name have to be the same."
-        )
+        raise ValueError(f"{where} names itself '{content['name'][:64]}'. Name and file name have to be the same.")
     profile = Declared(
         name=content["name"],
         description=content["description"],

@@ -25,9 +25,7 @@ THINK_TAGS = ("<think>", "</think>")
 _THINK_COUNTS = {word: count for count, word in THINK_WORDS.items()}
 _STOP_COUNTS = {word: count for count, word in STOP_WORDS.items()}
 _THINK_SENTENCE = f"For this task, think with ({'|'.join(THINK_POOL)}) /({'|'.join(_THINK_COUNTS)})/ times\\."
-_STOP_SENTENCE = (
-    f"When finished, emit ({'|'.join(STOP_POOL)}) /({'|'.join(_STOP_COUNTS)})/ to signal completion\\."
-)
+_STOP_SENTENCE = f"When finished, emit ({'|'.join(STOP_POOL)}) /({'|'.join(_STOP_COUNTS)})/ to signal completion\\."
 _LAST_THINK = re.compile(rf"(?:\n\n|\A){_THINK_SENTENCE}\Z")
 _LAST_STOP = re.compile(rf"(?:\n\n|\A){_STOP_SENTENCE}\Z")
 STOP_INSTRUCTION = re.compile(_STOP_SENTENCE)

@@ -37,11 +37,25 @@ def write_rows(path: Path, count: int = 60) -> Path:
 
 def settings(model: Path, data: Path, **hyperparams: Any) -> Config:
     """A config for a run of a few small steps; `hyperparams` may hold whole sections too (output=, eval=, lora=)."""
-    sections = {name: hyperparams.pop(name) for name in ("output", "eval", "lora", "alerts", "profile") if name in hyperparams}
+    sections = {
+        name: hyperparams.pop(name) for name in ("output", "eval", "lora", "alerts", "profile") if name in hyperparams
+    }
     data_settings = {"dataset_path": str(data), **hyperparams.pop("data", {})}
-    base = {"batch_size": 2, "gradient_accumulation": 2, "learning_rate": 3e-3, "max_steps": 8, "max_length": 256, "warmup_steps": 2}
+    base = {
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "learning_rate": 3e-3,
+        "max_steps": 8,
+        "max_length": 256,
+        "warmup_steps": 2,
+    }
     return resolve(
-        {"model_path": str(model), "data": data_settings, "hyperparams": {"method": "full", **base, **hyperparams}, **sections}
+        {
+            "model_path": str(model),
+            "data": data_settings,
+            "hyperparams": {"method": "full", **base, **hyperparams},
+            **sections,
+        }
     )
 
 
@@ -50,7 +64,9 @@ def new(workspace: Workspace, config: Config) -> RunDir:
     return launch.new_run(workspace, config, machine(), owner="test", threads=1)[0]
 
 
-def train(run: RunDir, workspace: Workspace, worker: Worker, *, stop_at: int | None = None, command: str = "stop") -> str:
+def train(
+    run: RunDir, workspace: Workspace, worker: Worker, *, stop_at: int | None = None, command: str = "stop"
+) -> str:
     """Train the run's next life in this thread; `command` is dropped as soon as step `stop_at` is in the metrics."""
     resumed = run.events.exists()
     life = open_life(run, "test", resumed=resumed)

@@ -68,9 +68,7 @@ def test_each_asked_stop_is_reached_and_then_ends_the_answer(sign: Sign, tokeniz
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("emoji", STOP_POOL)
-def test_without_an_instruction_the_stop_waits_for_what_follows(
-    emoji: str, count: int, tokenizer: Any
-) -> None:
+def test_without_an_instruction_the_stop_waits_for_what_follows(emoji: str, count: int, tokenizer: Any) -> None:
     body, stop = encode(tokenizer, "Fine.\n"), encode(tokenizer, emoji * count)
     processor = StopPenalty(tokenizer, end_ids(tokenizer))
     prompt = question(tokenizer, None)
@@ -219,9 +217,7 @@ def test_generate_ends_each_row_after_its_own_stop(dtype: str, model_dir: Path, 
     for place, sign in enumerate(signs):
         answer = tokenizer.decode(constrained[place, length:], skip_special_tokens=True)
         assert answer == bodies[place] + sign.text
-        assert sign.emoji * 5 in tokenizer.decode(free[place, length:]), (
-            "the script itself would have gone on"
-        )
+        assert sign.emoji * 5 in tokenizer.decode(free[place, length:]), "the script itself would have gone on"
 
 
 def test_beams_and_sampling_run_to_their_end(model_dir: Path, tokenizer: Any) -> None:
@@ -239,9 +235,7 @@ def test_beams_and_sampling_run_to_their_end(model_dir: Path, tokenizer: Any) ->
     sign=st.sampled_from(SIGNS),
     data=st.data(),
 )
-def test_jumping_about_in_an_answer_gives_the_same_verdicts(
-    answer: str, sign: Sign, data: Any, tokenizer: Any
-) -> None:
+def test_jumping_about_in_an_answer_gives_the_same_verdicts(answer: str, sign: Sign, data: Any, tokenizer: Any) -> None:
     """Beams and assisted generation hand rows over in any order; each verdict must be that of a fresh
     processor."""
     prompt, tokens = question(tokenizer, sign), encode(tokenizer, answer)

@@ -246,9 +246,7 @@ def test_a_system_message_is_put_first_or_replaced_as_the_profile_says() -> None
 
 
 @given(row=rows, prompt=texts, overwrite=st.booleans())
-def test_inserting_the_system_message_is_pure_and_idempotent(
-    row: dict[str, Any], prompt: str, overwrite: bool
-) -> None:
+def test_inserting_the_system_message_is_pure_and_idempotent(row: dict[str, Any], prompt: str, overwrite: bool) -> None:
     messages = row["messages"]
     before = copy.deepcopy(messages)
     once = with_system(messages, prompt, overwrite)

@@ -32,9 +32,7 @@ class GrowingArray:
 
     def finish(self) -> None:
         """Write the header (numpy's format 1.0) and put all on disk."""
-        shape = (
-            f"({self._items},)" if self._width is None else f"({self._items // self._width}, {self._width})"
-        )
+        shape = f"({self._items},)" if self._width is None else f"({self._items // self._width}, {self._width})"
         text = f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
         room = _HEADER_BYTES - 10
         start = b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little")

@@ -43,9 +43,7 @@ class PieceEncoder:
                 self._scaffolds.clear()
             ids = self._ids([text], "" if first else self._anchor, split=False)[0]
             if ids is None:
-                raise Refusal(
-                    f"The tokenizer cannot encode the chat template's text {shown(text)} on its own."
-                )
+                raise Refusal(f"The tokenizer cannot encode the chat template's text {shown(text)} on its own.")
             self._scaffolds[text, first] = ids
             # whatever token a template builds its turns from must not come out of a content
             added = self.added_ids.intersection(ids)

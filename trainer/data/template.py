@@ -137,18 +137,14 @@ class Template:
             scaffolds, contents, more = self._align(messages, layout)
             notes += more
             if _fill(scaffolds, contents) != rendered:
-                raise Refusal(
-                    "The chat template rewrites this row, so its answer cannot be told from the rest."
-                )
+                raise Refusal("The chat template rewrites this row, so its answer cannot be told from the rest.")
             layout = Layout(layout.order, scaffolds)
         cut = [Piece(layout.scaffolds[0], None)]
         for number, content, after in zip(layout.order, contents, layout.scaffolds[1:], strict=True):
             cut += [Piece(content, number), Piece(after, None)]
         return Pieces(tuple(cut), notes)
 
-    def _align(
-        self, messages: Messages, layout: Layout
-    ) -> tuple[tuple[str, ...], list[str], tuple[str, ...]]:
+    def _align(self, messages: Messages, layout: Layout) -> tuple[tuple[str, ...], list[str], tuple[str, ...]]:
         """Find each content by rendering it between the marks of all others: (scaffolds, contents, notes)."""
         mark = _MARK
         while any(mark in message["content"] for message in messages):
@@ -160,13 +156,9 @@ class Template:
             alone = _split(self.text([*marked[:number], messages[number], *marked[number + 1 :]]), mark)
             if alone.order != layout.order[:place] + layout.order[place + 1 :]:
                 raise Refusal(f"The chat template moves other turns when it sees message {number + 1}.")
-            found = _find(
-                alone.scaffolds[place], content, layout.scaffolds[place], layout.scaffolds[place + 1]
-            )
+            found = _find(alone.scaffolds[place], content, layout.scaffolds[place], layout.scaffolds[place + 1])
             if found is None:
-                raise Refusal(
-                    f"The chat template rewrites message {number + 1}; it is not in the rendered text."
-                )
+                raise Refusal(f"The chat template rewrites message {number + 1}; it is not in the rendered text.")
             scaffolds[place], kept = found
             contents.append(kept)
             if "".join(kept.split()) != "".join(content.split()):
@@ -192,11 +184,7 @@ def _find(region: str, content: str, before: str, after: str) -> tuple[str, str]
         if inner.startswith(before) and "".join(inner[len(before) :].split()) == "".join(candidate.split()):
             return before, inner[len(before) :]
         start = _start_of(inner, candidate)
-        if (
-            start is not None
-            and before.startswith(inner[:start])
-            and _OPTIONAL_TAGS.fullmatch(before[start:])
-        ):
+        if start is not None and before.startswith(inner[:start]) and _OPTIONAL_TAGS.fullmatch(before[start:]):
             return inner[:start], inner[start:]
     return None
 

@@ -96,9 +96,7 @@ def read_header(path: Path) -> Header:
                 "header_too_large", f"names a header of {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}"
             )
         if length > file_bytes - LENGTH_BYTES:
-            raise BadHeader(
-                "truncated", f"ends inside its header ({file_bytes:,} bytes of {length + LENGTH_BYTES:,})"
-            )
+            raise BadHeader("truncated", f"ends inside its header ({file_bytes:,} bytes of {length + LENGTH_BYTES:,})")
         raw = file.read(length)
     return judge(raw, file_bytes)
 
@@ -112,9 +110,7 @@ def judge(raw: bytes, file_bytes: int) -> Header:
     data_bytes = _layout(tensors)
     missing = data_start + data_bytes - file_bytes
     if missing > 0:
-        raise BadHeader(
-            "truncated", f"is cut off: {missing:,} of {data_start + data_bytes:,} bytes are missing"
-        )
+        raise BadHeader("truncated", f"is cut off: {missing:,} of {data_start + data_bytes:,} bytes are missing")
     if missing < 0:
         raise BadHeader("trailing_bytes", f"has {-missing:,} bytes that belong to no tensor")
     return Header(tensors, metadata, data_start, file_bytes)
@@ -136,9 +132,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise BadHeader("bad_json", "has a header nested too deep") from None
     except json.JSONDecodeError as error:
-        raise BadHeader(
-            "bad_json", f"has a header that is not JSON ({error.msg}, character {error.pos})"
-        ) from None
+        raise BadHeader("bad_json", f"has a header that is not JSON ({error.msg}, character {error.pos})") from None
     if not isinstance(entries, dict):
         raise BadHeader("bad_json", "has a header that is not a JSON object")
     if _SURROGATE_ESCAPE.search(text) and _has_lone_surrogate(entries):
@@ -214,18 +208,14 @@ def _tensor(name: str, value: Any) -> TensorInfo:
     if isinstance(value, list) and len(value) == len(fields):  # the library takes the positional form too
         value = dict(zip(fields, value, strict=True))
     if not isinstance(value, dict) or any(field not in value for field in fields):
-        raise BadHeader(
-            "bad_tensor", f"describes tensor '{name[:120]}' without dtype, shape and data_offsets"
-        )
+        raise BadHeader("bad_tensor", f"describes tensor '{name[:120]}' without dtype, shape and data_offsets")
     dtype, shape, offsets = (value[field] for field in fields)
     if isinstance(dtype, dict) and len(dtype) == 1 and next(iter(dtype.values())) is None:
         dtype = next(iter(dtype))  # {"F32": null}: serde's long form of a plain variant
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise BadHeader("unknown_dtype", f"gives tensor '{name[:120]}' the unknown dtype {str(dtype)[:40]!r}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise BadHeader(
-            "bad_tensor", f"describes tensor '{name[:120]}' with a shape or offsets that are not sizes"
-        )
+        raise BadHeader("bad_tensor", f"describes tensor '{name[:120]}' with a shape or offsets that are not sizes")
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -240,9 +230,7 @@ def _layout(tensors: dict[str, TensorInfo]) -> int:
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         label = f"tensor '{name[:120]}'"
         if tensor.begin < end:
-            raise BadHeader(
-                "overlap", f"has {label} lying over another one (bytes {tensor.begin:,} to {end:,})"
-            )
+            raise BadHeader("overlap", f"has {label} lying over another one (bytes {tensor.begin:,} to {end:,})")
         if tensor.begin > end:
             raise BadHeader("hole", f"has {tensor.begin - end:,} unclaimed bytes before {label}")
         if tensor.end < tensor.begin:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +48,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     try:
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         _forget_kernels(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             base,
             config=config,
             dtype=dtype,
@@ -58,7 +59,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
             output_loading_info=True,
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise Refusal(
             f"Cannot load the model {base.name}: {reason}. `python -m trainer check-model` names the file.",

@@ -48,7 +48,6 @@ def add_lora(
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number, its hint says int
-
         lora_dropout=dropout,
         target_modules=targets or sensible_targets(model),
         task_type="CAUSAL_LM",

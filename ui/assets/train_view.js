@@ -38,10 +38,10 @@
       const { answer } = view;
       if (!answer) return;
       by("view-profile").replaceChildren(...profile(answer.profile));
-      if (answer.said) return by("view-body").replaceChildren(el("p.sb-help", answer.said));
-      by("view-row").value = String(answer.row);
-      by("view-next").disabled = answer.rows !== null && answer.row >= answer.rows;
-      by("view-back").disabled = answer.row <= 1;
+      if (document.activeElement !== by("view-row")) by("view-row").value = String(answer.row ?? number());
+      by("view-next").disabled = !answer.rows || answer.row >= answer.rows;
+      by("view-back").disabled = number() <= 1;
+      if (answer.said) return by("view-body").replaceChildren(...(answer.facts ? [facts(answer)] : []), el("p", answer.said));
       by("view-body").replaceChildren(facts(answer), ...(view.mode === "tokens" ? tokens(answer) : texts(answer)));
     }
 
