@@ -202,7 +202,7 @@ class _Child:
                 raise Cancelled(f"{what} was cancelled.")
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                raise WorkerDied(f"{what} took longer than {timeout_s:,.0f} s and was ended. Nothing was changed.")
+                raise WorkerDied(f"{what} took longer than {timeout_s:,g} s and was ended. Nothing was changed.")
             try:
                 frame = self._frames.get(timeout=min(0.1, left_s))
             except queue.Empty:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import make_private_dir, read_json, write_json
+from trainer.jobs import JobHandle
+from trainer.refusal import Refusal
 from ui.site import Site
 
 STALE_CLAIM_S = 10.0
@@ -32,13 +34,10 @@ class Check:
     error: str = ""
 
 
-Ask = Callable[[Callable[[int, int], None], Callable[[], bool]], Any]
-
-
-def check(site: Site, kind: str, about: dict[str, Any], ask: Ask) -> Check:
+def check(site: Site, kind: str, about: dict[str, Any], work: Callable[[JobHandle], Any]) -> Check:
     """The check of `kind` for exactly `about`; starts it when nobody has. Never waits.
 
-    `ask(on_progress, cancelled)` does the work on the job's thread. A failed check is tried again after a minute.
+    `work` runs as a job. A check that failed is tried again after a minute.
     """
     folder = make_private_dir(site.workspace.root / "cache" / "checks")
     text = json.dumps([kind, about], sort_keys=True, ensure_ascii=True)
@@ -46,8 +45,8 @@ def check(site: Site, kind: str, about: dict[str, Any], ask: Ask) -> Check:
     known = _read(site, path)
     if known is not None:
         return known
-    if _claim(path):
-        write_json(path, {"job": site.jobs.start(kind, ask), "started": time.time()})
+    if _claim(path):  # of two tabs that ask at once, one starts it
+        write_json(path, {"job": site.jobs.start(kind, work), "started": time.time()})
     return Check("running")
 
 
@@ -59,14 +58,18 @@ def _read(site: Site, path: Path) -> Check | None:
         return None
     except ValueError:  # claimed by another thread that has not written its job yet, or died before
         return Check("running") if time.time() - path.stat().st_mtime < STALE_CLAIM_S else _drop(path)
-    job = site.jobs.read(note["job"])
+    try:
+        job = site.jobs.read(note["job"])
+    except Refusal:  # somebody cleared the jobs away
+        return _drop(path)
     if job["state"] == "done":
         return Check("done", result=job["result"])
-    if job["state"] in ("running", "queued"):
-        return Check("running", progress=job.get("progress"))
-    if time.time() - note["started"] > RETRY_AFTER_S or job["state"] == "interrupted":
+    if job["state"] == "running":
+        done, total = job["progress"] or (0, 0)
+        return Check("running", progress=done / total if total else None)
+    if time.time() - note["started"] > RETRY_AFTER_S or job["state"] != "failed":
         return _drop(path)
-    return Check("failed", error=job.get("error") or "The check did not come to its end.")
+    return Check("failed", error=job["error"])
 
 
 def _drop(path: Path) -> None:

@@ -135,7 +135,9 @@ class Feed:
                 answer["run"] = _line(status)
                 break
         if answer["run"] is None and runs:
-            answer["last"] = _line(self.follower(runs[0]).status())
+            # by its last sign, not by its id: a run of last week may have been resumed this morning
+            latest = max(runs, key=lambda run: run.events.stat().st_mtime if run.events.exists() else 0.0)
+            answer["last"] = _line(self.follower(latest).status())
         return answer
 
 

@@ -59,9 +59,7 @@ def _go(key: str, text: str = "Go to the field") -> Action:
 def _problem(problem: FieldProblem) -> GateLine:
     text = problem.message[:1].upper() + problem.message[1:]
     actions = (_go(problem.field),) if problem.field else ()
-    return GateLine(
-        "settings", "problem", text, actions, (problem.field,) if problem.field else (), blocks=True
-    )
+    return GateLine("settings", "problem", text, actions, (problem.field,) if problem.field else (), blocks=True)
 
 
 def _chosen(config: Config, facts: Facts) -> list[GateLine]:
@@ -71,11 +69,7 @@ def _chosen(config: Config, facts: Facts) -> list[GateLine]:
 def _model(config: Config, facts: Facts) -> list[GateLine]:
     key = ("model_path",)
     if not config.model_path:
-        return [
-            GateLine(
-                "model", "problem", "No model is chosen.", (_go("model_path", "Choose a model"),), key, True
-            )
-        ]
+        return [GateLine("model", "problem", "No model is chosen.", (_go("model_path", "Choose a model"),), key, True)]
     fact = facts.model
     if fact is None or fact.state == "checking":
         return [GateLine("model", "not-run", "Model: being checked.", (), key)]
@@ -98,9 +92,7 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
     key = ("data.dataset_path", "data.dataset_paths")
     if not config.data.files:
         return [
-            GateLine(
-                "data", "problem", "No data is chosen.", (_go("data.dataset_path", "Choose data"),), key, True
-            )
+            GateLine("data", "problem", "No data is chosen.", (_go("data.dataset_path", "Choose data"),), key, True)
         ]
     fact = facts.data
     if fact is None:
@@ -114,7 +106,8 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
     if stale:
         text = f"Data: out of date, {_and(stale)} changed. Being checked again."
         return [GateLine("data", "not-run", text, (), key)]
-    return _usable_rows(config, fact, key) + _long_rows(config, fact)
+    notes = [GateLine("data-note", "warning", note, (), key) for note in fact.notes]
+    return _usable_rows(config, fact, key) + _long_rows(config, fact) + notes
 
 
 def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[GateLine]:
@@ -127,11 +120,7 @@ def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[G
     if fact.labels == 0:
         text = "There are no labels: the model would learn nothing from these rows."
         return [GateLine("data", "problem", text, (look,), key, True)]
-    share = (
-        f", {numbers.percent(fact.label_share)} of the tokens are labels"
-        if fact.label_share is not None
-        else ""
-    )
+    share = f", {numbers.percent(fact.label_share)} of the tokens are labels" if fact.label_share is not None else ""
     if fact.usable < fact.rows:
         bad = fact.rows - fact.usable
         verb = "have problems" if bad > 1 else "has a problem"
@@ -145,19 +134,15 @@ def _long_rows(config: Config, fact: DataFact) -> list[GateLine]:
     if not fact.too_long:
         return []
     keys = ("hyperparams.max_length", "data.too_long")
-    rows = "1 row is" if fact.too_long == 1 else f"{fact.too_long:,} rows are"
+    about = "about " if fact.sampled else ""
+    rows = f"{about}1 row is" if fact.too_long == 1 else f"{about}{fact.too_long:,} rows are"
+    rows = rows[:1].upper() + rows[1:]
     head = f"{rows} longer than {config.hyperparams.max_length:,} tokens"
     if config.data.too_long == "refuse":
         cut = Action("Cut them", "set", values={"data.too_long": "cut"})
-        return [
-            GateLine("too-long", "problem", f"{head}, and 'Rows too long' says refuse.", (cut,), keys, True)
-        ]
+        return [GateLine("too-long", "problem", f"{head}, and 'Rows too long' says refuse.", (cut,), keys, True)]
     done = "cut" if config.data.too_long == "cut" else "left out"
-    return [
-        GateLine(
-            "too-long", "warning", f"{head}: they are {done}.", (_go(keys[0], "Change the length"),), keys
-        )
-    ]
+    return [GateLine("too-long", "warning", f"{head}: they are {done}.", (_go(keys[0], "Change the length"),), keys)]
 
 
 def _profile(config: Config, facts: Facts) -> list[GateLine]:
@@ -169,11 +154,7 @@ def _profile(config: Config, facts: Facts) -> list[GateLine]:
         return [GateLine("profile", "problem", text, (_go(key[0]),), key, True)]
     if config.profile.system_prompt:
         text = f"The system prompt of the config is not used: the profile {name} brings its own."
-        return [
-            GateLine(
-                "profile", "warning", text, (_go("profile.system_prompt"),), (*key, "profile.system_prompt")
-            )
-        ]
+        return [GateLine("profile", "warning", text, (_go("profile.system_prompt"),), (*key, "profile.system_prompt"))]
     return []
 
 
@@ -205,9 +186,7 @@ def _memory(facts: Facts) -> list[GateLine]:
     actions = tuple(Action(_saving(offer), "set", values=offer.values) for offer in fact.offers)
     if fact.weights_gib > fact.total_gib:
         whole = numbers.memory(fact.total_gib)
-        text = (
-            f"Does not fit: the weights alone are {numbers.memory(fact.weights_gib)}, the device has {whole}."
-        )
+        text = f"Does not fit: the weights alone are {numbers.memory(fact.weights_gib)}, the device has {whole}."
         return [GateLine("memory", "problem", text, actions, keys, True)]
     text = f"Needs about {need} (±{fact.spread * 100:.0f} %); {free} is free."
     if actions:
@@ -225,11 +204,7 @@ def _disk(facts: Facts) -> list[GateLine]:
     if fact is None:
         return []
     if not fact.writable:
-        return [
-            GateLine(
-                "disk", "problem", "The workspace cannot be written, so nothing could be saved.", blocks=True
-            )
-        ]
+        return [GateLine("disk", "problem", "The workspace cannot be written, so nothing could be saved.", blocks=True)]
     needed, free = numbers.disk(fact.needed_bytes), numbers.disk(fact.free_bytes)
     if fact.one_bytes > fact.free_bytes:
         text = f"The disk has {free} free; one checkpoint needs {numbers.disk(fact.one_bytes)}."
@@ -251,26 +226,18 @@ def _plan(config: Config, facts: Facts) -> list[GateLine]:
     if h.learning_rate == 0:
         text = "The learning rate is 0: the weights will not change."
         lines.append(
-            GateLine(
-                "rate-0", "warning", text, (_go("hyperparams.learning_rate"),), ("hyperparams.learning_rate",)
-            )
+            GateLine("rate-0", "warning", text, (_go("hyperparams.learning_rate"),), ("hyperparams.learning_rate",))
         )
-    if config.eval.eval_strategy != "no" and not (
-        config.data.validation_split or config.data.validation_dataset_path
-    ):
+    if config.eval.eval_strategy != "no" and not (config.data.validation_split or config.data.validation_dataset_path):
         text = "No rows are held out, so there will be no held-out loss."
-        lines.append(
-            GateLine("held-out", "warning", text, (_go("data.validation_split"),), ("data.validation_split",))
-        )
+        lines.append(GateLine("held-out", "warning", text, (_go("data.validation_split"),), ("data.validation_split",)))
     return lines
 
 
 def _last_good(facts: Facts) -> list[GateLine]:
     if not facts.last_good:
         return []
-    changes = [
-        change for change in facts.last_changes if change.field not in ("model_name", "model_display_name")
-    ]
+    changes = [change for change in facts.last_changes if change.field not in ("model_name", "model_display_name")]
     if not changes:
         return [GateLine("last-good", "pass", f"Same settings as your last good run ({facts.last_good}).")]
     more = tuple(f"{c.title}: {_shown(c.field, c.before)} → {_shown(c.field, c.after)}" for c in changes)
@@ -278,9 +245,7 @@ def _last_good(facts: Facts) -> list[GateLine]:
     if rate is not None and rate.before and rate.after:
         factor = rate.after / rate.before
         if factor >= RATE_FACTOR or factor <= 1 / RATE_FACTOR:
-            text = (
-                f"Learning rate is {numbers.rate(rate.after)}, {_times(factor)} that of your last good run."
-            )
+            text = f"Learning rate is {numbers.rate(rate.after)}, {_times(factor)} that of your last good run."
             key = "hyperparams.learning_rate"
             back = Action(numbers.rate(rate.before), "set", values={key: as_text(setting(key), rate.before)})
             return [GateLine("last-good", "warning", text, (back,), (key,), more=more)]
@@ -304,21 +269,20 @@ def _smoke(config: Config, facts: Facts) -> GateLine:
     more = tuple(f"{status}: {text}" for status, text in fact.lines)
     fields = tuple(fact.judged)
     if fact.state == "running":
-        return GateLine(
-            "smoke", "not-run", f"Smoke test: running, {len(fact.lines)} checks done.", (), fields, more=more
-        )
+        doing = f": {fact.doing}" if fact.doing else ""
+        text = f"Smoke test: running{doing}. {len(fact.lines)} checks done."
+        return GateLine("smoke", "not-run", text, (), fields, more=more)
+    if fact.state != "done":
+        text = f"Smoke test: {fact.state} after {len(fact.lines)} checks."
+        return GateLine("smoke", "not-run", text, (), fields, more=more)
     stale = changed_titles(fact.judged, config)
     if stale:
-        return GateLine(
-            "smoke", "not-run", f"Smoke test: out of date, {_and(stale)} changed.", (), fields, more=more
-        )
+        return GateLine("smoke", "not-run", f"Smoke test: out of date, {_and(stale)} changed.", (), fields, more=more)
     total, rest = fact.passed + fact.failed, ""
     if fact.not_possible:
         rest = f" {fact.not_possible} not possible here."
-    if fact.failed or fact.state == "failed":
-        first = next(
-            (text for status, text in fact.lines if status == "problem"), "It did not come to its end."
-        )
+    if fact.failed:
+        first = next((text for status, text in fact.lines if status == "problem"), "")
         head = f"Smoke test: failed {fact.failed} of {total}: {first[:1].lower() + first[1:]}"
         text = f"{head}{rest} Start is still possible."
         return GateLine("smoke", "problem", text, (), fields, more=more)

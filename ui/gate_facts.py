@@ -65,6 +65,8 @@ class DataFact:
     longest: int | None = None
     p99: int | None = None
     tokens: int | None = None
+    sampled: bool = False
+    notes: tuple[str, ...] = ()
     refusal: str = ""
     done: float | None = None
     judged: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class DiskFact:
 
 @dataclass(frozen=True)
 class SmokeFact:
-    """A smoke test's report: state "running", "done" or "failed"; lines are (status, sentence)."""
+    """A smoke test's report: state "running", "done", "stopped" or "interrupted"; lines are (status, sentence)."""
 
     state: str
     lines: tuple[tuple[str, str], ...] = ()
@@ -115,6 +117,7 @@ class SmokeFact:
     seconds: float | None = None
     peak_gib: float | None = None
     seconds_a_step: float | None = None
+    doing: str = ""
     judged: dict[str, Any] = field(default_factory=dict)
 
 

@@ -46,10 +46,7 @@ NAMES = tuple(_SHAPES) + tuple(_SAME)
 
 SPRITE = (
     '<svg width="0" height="0" class="sb-sprite" aria-hidden="true" focusable="false"><defs>'
-    + "".join(
-        f'<symbol id="g-{name}" viewBox="0 0 12 12">{_SHAPES[_SAME.get(name, name)]}</symbol>'
-        for name in NAMES
-    )
+    + "".join(f'<symbol id="g-{name}" viewBox="0 0 12 12">{_SHAPES[_SAME.get(name, name)]}</symbol>' for name in NAMES)
     + "</defs></svg>"
 )
 
@@ -66,14 +63,10 @@ def glyph(name: str) -> str:
     """The sign of a state or check as 12 px SVG; `name` is one of NAMES."""
     if name not in NAMES:
         raise KeyError(name)
-    return (
-        f'<svg class="sb-glyph" width="12" height="12" aria-hidden="true"><use href="#g-{name}"></use></svg>'
-    )
+    return f'<svg class="sb-glyph" width="12" height="12" aria-hidden="true"><use href="#g-{name}"></use></svg>'
 
 
 def chip(name: str, word: str | None = None) -> str:
     """Sign and word in the tone of the state; `word` (escaped here) stands for the state's own name."""
     label = html.escape(word if word is not None else name.replace("-", " "))
-    return (
-        f'<span class="sb-state sb-tone-{tone(name)} sb-is-{name}">{glyph(name)}<span>{label}</span></span>'
-    )
+    return f'<span class="sb-state sb-tone-{tone(name)} sb-is-{name}">{glyph(name)}<span>{label}</span></span>'

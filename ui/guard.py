@@ -205,19 +205,14 @@ class Guard:
 
     def _knows(self, host: str) -> bool:
         name, _, port = host.rpartition(":") if re.search(r":\d+$", host) else (host, "", "")
-        if (
-            name.lower() in LOOPBACK
-        ):  # any port: an ssh tunnel may end on another one; the origin must still match
+        if name.lower() in LOOPBACK:  # any port: an ssh tunnel may end on another one; the origin must still match
             return True
         return any(
-            host.lower() == public.lower() or name.lower() == public.lower()
-            for public in self.rules.public_hosts
+            host.lower() == public.lower() or name.lower() == public.lower() for public in self.rules.public_hosts
         )
 
     def _caller(self, scope: Scope, token: str) -> Caller:
-        shared = (
-            self.rules.share_port is not None and (scope.get("server") or ("", 0))[1] == self.rules.share_port
-        )
+        shared = self.rules.share_port is not None and (scope.get("server") or ("", 0))[1] == self.rules.share_port
         role: Role = "viewer" if shared else "owner"
         # the id that drafts are stored under is derived, so that it is no use as a cookie
         session = hashlib.sha256(token.encode()).hexdigest()[:24]
@@ -228,11 +223,7 @@ class Guard:
     ) -> None:
         upload = scope["path"] == UPLOAD_PATH
         limit = MAX_UPLOAD_BYTES if upload else MAX_BODY_BYTES
-        message = (
-            f"That is more than the limit of {limit / 1e9:.0f} GB."
-            if upload
-            else "That request is too large."
-        )
+        message = f"That is more than the limit of {limit / 1e9:.0f} GB." if upload else "That request is too large."
         if upload:
             left = SESSION_UPLOAD_BYTES - self._uploaded.get(caller.session, 0)
             if left < limit:

@@ -135,9 +135,7 @@ def _open(options: Options, listening: socket.socket, ended: threading.Event) ->
         drafts=Drafts(workspace.drafts),
         config_path=options.config,
     )
-    return site, Server(
-        site, listening, ended, public_hosts=options.public_hosts, root_path=options.root_path
-    )
+    return site, Server(site, listening, ended, public_hosts=options.public_hosts, root_path=options.root_path)
 
 
 def _private_surroundings(folder: Path) -> None:

@@ -95,7 +95,12 @@ def _lengths(report: dict[str, Any]) -> list[list[str]]:
     if lengths["over"] is not None:
         over, limit = lengths["over"], count(lengths["max_length"])
         share = percent(over, lengths["sampled"])
-        facts.append(["Too long", f"{share} of the sampled rows are over {limit} tokens" if over else f"none over {limit} tokens"])
+        facts.append(
+            [
+                "Too long",
+                f"{share} of the sampled rows are over {limit} tokens" if over else f"none over {limit} tokens",
+            ]
+        )
     facts.append(["Answer tokens", f"{percent(report['label_share'])} of all tokens are trained"])
     return facts
 

@@ -57,9 +57,7 @@ async def _file(request: Request) -> Response:
     current = asset_url(name) == f"files/{request.path_params['version']}/{name}"
     # an old address gets the new file, but may not keep it
     headers = _FOREVER if current else {"cache-control": "no-cache"}
-    return Response(
-        _asset(name), media_type=_TYPES.get(Path(name).suffix, "application/octet-stream"), headers=headers
-    )
+    return Response(_asset(name), media_type=_TYPES.get(Path(name).suffix, "application/octet-stream"), headers=headers)
 
 
 async def _health(request: Request) -> Response:

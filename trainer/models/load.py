@@ -72,7 +72,22 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
             "model_path",
         )
     model.config.use_cache = False
-    return Loaded(model if quantise else model.to(device), function, base)
+    if not quantise:
+        model = model.to(device)
+    _refuse_non_finite(model)
+    return Loaded(model, function, base)
+
+
+def _refuse_non_finite(model: PreTrainedModel) -> None:
+    """A NaN in a weight trains nothing but NaN, and nothing else in the libraries would say so."""
+    checked = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
+    if not checked:
+        return
+    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in checked]).tolist()
+    bad = [name for (name, _), good in zip(checked, finite, strict=True) if not good]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise Refusal(f"The model has NaN or infinite weights: {bad[0]}{more}. Download it again.", "model_path")
 
 
 def _forget_kernels(config: PreTrainedConfig) -> None:

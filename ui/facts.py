@@ -1,0 +1,254 @@
+"""The facts behind the gate: model, data, memory, disk, device, smoke test and the last good run, as they are now.
+
+Reports of the worker are turned into the records of `ui/gate_facts.py`; the slow ones are jobs, so nothing here
+waits. Called by `ui/train_state.py` and `ui/train_do.py`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import profiles
+from trainer.config import Config, diff, resolve
+from trainer.data.conversation import PROBLEM_NAMES
+from trainer.files import child, read_json
+from trainer.jobs import JobHandle
+from trainer.refusal import Refusal
+from trainer.run import status
+from ui.checks import Check, check, stamp
+from ui.derived import Plan, plan_of
+from ui.drafts import Draft
+from ui.fit import memory_fact
+from ui.form_state import FormState, judged_values
+from ui.gate_facts import DataFact, DiskFact, Facts, ModelFact, SmokeFact
+from ui.site import Site
+
+CHECK_LIMIT_S = 3600.0
+RUNS_LOOKED_AT = 30
+DATA_KEYS = [
+    "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt",
+    "hyperparams.max_length",
+]  # fmt: skip
+
+
+def gather(site: Site, state: FormState, draft: Draft) -> Facts:
+    """All facts for the form as it is; starts the checks that nobody has made yet."""
+    config = state.config
+    here = site.engine.machine()
+    holder = site.engine.holder()
+    names = tuple(profiles.names(site.workspace.profiles))
+    known: dict[str, Any] = {"device_name": here.summary, "on_gpu": here.gpu is not None, "advice": here.advice}
+    known["profiles"] = names
+    smoke = smoke_fact(site, draft.smoke_id)
+    if holder is not None and not (holder.kind == "smoke" and smoke is not None and holder.run_id == draft.smoke_id):
+        known |= {"busy": holder.sentence, "busy_run": holder.run_id if holder.kind == "train" else ""}
+    if config is None:
+        return Facts(**known, smoke=smoke)
+    report = model_report(site, config)
+    data = data_fact(site, config)
+    plan = plan_for(config, data)
+    memory = memory_fact(config, report.result if report and report.state == "done" else None, data, here)
+    last_good, changes = last_good_run(site, config)
+    return Facts(
+        **known, model=_model_fact(config, report), data=data, memory=memory, smoke=smoke, steps=plan.steps,
+        disk=disk_fact(site, config, report, plan), last_good=last_good, last_changes=changes,
+    )  # fmt: skip
+
+
+def plan_for(config: Config, data: DataFact | None) -> Plan:
+    """Steps and rows of a run, as far as the data is known."""
+    ready = data is not None and data.state == "ready" and not data.refusal
+    usable = data.usable if data is not None and ready else None
+    tokens = data.tokens if data is not None and ready else None
+    return plan_of(config, usable, tokens, bool(config.data.validation_dataset_path))
+
+
+def model_report(site: Site, config: Config) -> Check | None:
+    """The inspector's report on the chosen model; None where no folder is chosen."""
+    path = Path(config.model_path)
+    if not config.model_path or not path.is_dir():
+        return None
+
+    def work(handle: JobHandle) -> Any:
+        return site.worker.call("check_model", timeout_s=CHECK_LIMIT_S, cancelled=handle.cancelled, path=str(path))
+
+    return check(site, "gate-model", {"path": str(path), "stamp": stamp(path)}, work)
+
+
+def _model_fact(config: Config, report: Check | None) -> ModelFact | None:
+    if not config.model_path:
+        return None
+    name = Path(config.model_path).name
+    if report is None:
+        return ModelFact(
+            "ready", name, problems=((f"There is no folder {config.model_path}.", "Choose another model."),)
+        )
+    if report.state == "running":
+        return ModelFact("checking", name)
+    if report.state == "failed":
+        return ModelFact("ready", name, problems=((report.error, ""),))
+    found = report.result
+    problems = tuple((_told(entry), str(entry.get("fix") or "")) for entry in found["problems"])
+    warnings = tuple(f"{_told(entry)} {entry.get('fix') or ''}".strip() for entry in found["warnings"])
+    summary = str(found.get("summary") or f"{name}, {found['kind']}").rstrip(".")
+    adapter = found["kind"] in ("adapter", "lora")
+    return ModelFact("ready", name, bool(found["valid"]), summary, problems, warnings, adapter)
+
+
+def _told(entry: dict[str, Any]) -> str:
+    message = str(entry["message"])
+    return f"{entry['file']}: {message}" if entry.get("file") and entry["file"] not in message else message
+
+
+def data_fact(site: Site, config: Config) -> DataFact | None:
+    """What the doctor says of all chosen files together; None where none is chosen."""
+    files = [Path(file.path) for file in config.data.files]
+    if not files:
+        return None
+    for path in files:
+        if not path.is_file():
+            return DataFact("ready", refusal=f"The data file {path} does not exist.")
+    request = {
+        "model_path": config.model_path if Path(config.model_path).is_dir() and config.model_path else None,
+        "profile": config.profile.name,
+        "profiles_root": str(site.workspace.profiles),
+        "system_prompt": config.profile.system_prompt,
+        "date": datetime.date.today().isoformat(),
+        "max_length": config.hyperparams.max_length,
+    }
+    about = request | {"files": [[str(path), stamp(path)] for path in files]}
+    about["model_stamp"] = stamp(Path(config.model_path)) if request["model_path"] else None
+
+    def work(handle: JobHandle) -> list[dict[str, Any]]:
+        reports = []
+        for number, path in enumerate(files):
+            handle.progress(number, len(files))
+            reports.append(
+                site.worker.call(
+                    "check_data", timeout_s=CHECK_LIMIT_S, cancelled=handle.cancelled, path=str(path), **request
+                )
+            )
+        return reports
+
+    found = check(site, "gate-data", about, work)
+    judged = judged_values(config, DATA_KEYS)
+    if found.state == "running":
+        return DataFact("checking", done=found.progress, judged=judged)
+    if found.state == "failed":
+        return DataFact("ready", refusal=found.error, judged=judged)
+    return _together(found.result, judged)
+
+
+def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact:
+    """One fact from the reports of several files; lengths are of a sample, scaled to all rows."""
+    counts: Counter[str] = Counter()
+    for report in reports:
+        counts.update(report["counts"])
+    first = next((report["problems"][0]["message"] for report in reports if report["problems"]), "")
+    measured = [(report, report["lengths"]) for report in reports if report.get("lengths")]
+    usable = sum(report["usable"] for report in reports)
+    tokens = sum(report["usable"] * lengths["mean"] for report, lengths in measured)
+    labels = sum(report["usable"] * lengths["mean"] * report["label_share"] for report, lengths in measured)
+    over = sum(report["usable"] * (lengths["over"] or 0) / lengths["sampled"] for report, lengths in measured)
+    unrendered = any(w["code"] == "template" for report in reports for w in report["warnings"]) and not measured
+    return DataFact(
+        "ready",
+        rows=sum(report["rows"] for report in reports),
+        usable=usable,
+        kinds=tuple((PROBLEM_NAMES[code], number) for code, number in counts.most_common()),
+        first_problem=first,
+        labels=round(labels) if measured else 0 if unrendered else None,
+        label_share=labels / tokens if tokens else None,
+        too_long=round(over) or (1 if over else 0) if measured else None,
+        longest=max((lengths["longest"] for _, lengths in measured), default=None),
+        p99=max((lengths["p99"] for _, lengths in measured), default=None),
+        tokens=round(tokens) if measured else None,
+        sampled=any(lengths["sampled"] < report["usable"] for report, lengths in measured),
+        notes=tuple(
+            warning["message"]
+            for report in reports
+            for warning in report["warnings"]
+            if warning["code"] != "duplicates"
+        ),
+        judged=judged,
+    )
+
+
+def smoke_fact(site: Site, smoke_id: str) -> SmokeFact | None:
+    """The report of a smoke test; None where there is none (yet)."""
+    if not smoke_id:
+        return None
+    try:
+        report = read_json(child(site.workspace.smoke, smoke_id) / "report.json")
+    except (OSError, ValueError):  # not begun yet; Refusal is a ValueError
+        return SmokeFact("running") if _holds_smoke(site, smoke_id) else None
+    state = report["state"]
+    if state == "running" and not _holds_smoke(site, smoke_id):
+        state = "interrupted"
+    words = {"pass": "pass", "problem": "problem", "not_possible": "not-possible"}
+    return SmokeFact(
+        state,
+        tuple((words[line["status"]], line["text"]) for line in report["lines"]),
+        report["passed"],
+        report["failed"],
+        report["not_possible"],
+        report["seconds"],
+        _number(report.get("peak_gib")),
+        _number(report.get("seconds_a_step")),
+        str(report.get("doing") or ""),
+        report["judged"],
+    )
+
+
+def _holds_smoke(site: Site, smoke_id: str) -> bool:
+    holder = site.engine.holder()
+    return holder is not None and holder.kind == "smoke" and holder.run_id == smoke_id
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> DiskFact | None:
+    """Room for the run's checkpoints; None while the model's size is not known."""
+    root = site.workspace.runs
+    free = float(shutil.disk_usage(root).free)
+    writable = os.access(root, os.W_OK | os.X_OK)
+    one = checkpoint_bytes(config, report.result if report and report.state == "done" else None)
+    if one is None:
+        return None if writable else DiskFact(0, 0, free, writable)
+    saves = 1
+    if plan.steps is not None and config.output.save_steps:
+        saves = max(1, plan.steps // config.output.save_steps)
+    # the best and the newest always stay, and a new one is whole before an old one goes
+    kept = min(saves, config.output.save_total_limit + 1) + 1
+    return DiskFact(one, one * kept, free, writable)
+
+
+def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | None:
+    """Bytes of one checkpoint: weights as trained, and two optimiser states and a master copy of what is trained."""
+    weights = (report or {}).get("parameters")
+    if not weights:
+        return None
+    if config.hyperparams.method == "full":
+        return weights * (4.0 if config.hyperparams.master_weights == "fp32" else 2.0) * 3
+    # adapters are small beside everything else: about 2 % of the weights at rank 16
+    return weights * 0.02 * config.lora.r / 16 * 4 * 3
+
+
+def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Any, ...]]:
+    """Name of the newest finished run of this workspace and what has changed since; ("", ()) where there is none."""
+    for run in site.workspace.list_runs()[:RUNS_LOOKED_AT]:
+        try:
+            now = status(run)
+            if now.state != "finished":
+                continue
+            return now.name or run.run_id, tuple(diff(resolve(run.snapshot()["config"]), config))
+        except (Refusal, KeyError, ValueError, OSError):
+            continue  # a run of an older version, or one that somebody is deleting
+    return "", ()
