@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _existing(path: Path) -> RunDir:
     run = RunDir(path.resolve())
-    if not run.config.exists():
-        raise Refusal(f"{path} is not a run: it has no config.json.")
+    run.snapshot()  # refuses a folder that is none
     return run
 
 

@@ -77,9 +77,12 @@ class RunDir:
     def snapshot(self) -> dict[str, Any]:
         """What the run was started with; Refusal when this is no run directory."""
         try:
-            return read_json(self.config)
-        except FileNotFoundError:
-            raise Refusal(f"{self.path} is not a run: it has no config.json.") from None
+            content = read_json(self.config)
+        except (FileNotFoundError, ValueError):
+            content = None
+        if not isinstance(content, dict) or "run_id" not in content:
+            raise Refusal(f"{self.path} is not a run: it has no config.json of one.")
+        return content
 
     def read_notes(self) -> dict[str, Any]:
         """Name and purpose as the page left them."""

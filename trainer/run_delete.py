@@ -36,11 +36,11 @@ def delete_run(run: RunDir, typed_name: str) -> int:
         raise Refusal(f"That is not the name. To delete this run, type: {name_to_type(run)}")
     if run.path.is_symlink():
         raise Refusal("This run is a link to a folder elsewhere. Nothing was deleted; remove the link by hand.")
+    size_bytes = disk_bytes(run.path)
     lock = FileLock(run.lock)
     if not lock.acquire({"kind": "delete", "run": run.run_id}, retry_s=0.2):
         raise Refusal("This run is being trained. Stop it first; nothing was deleted.")
     try:
-        size_bytes = disk_bytes(run.path)
         tombstone = run.path.with_name(f"{TOMBSTONE}{run.run_id}-{secrets.token_hex(4)}")
         os.rename(run.path, tombstone)
         fsync_dir(tombstone.parent)

@@ -26,12 +26,16 @@ RETRY_AFTER_S = 60.0
 
 @dataclass(frozen=True)
 class Check:
-    """How one check stands: state "running", "done" or "failed"; progress 0 to 1 or None; the result or the reason."""
+    """How one check stands: state "running", "done" or "failed"; progress 0 to 1 or None; the result or the reason.
+
+    `is_fault`: the check itself broke, so that nothing is known of what it looked at.
+    """
 
     state: str
     progress: float | None = None
     result: Any = None
     error: str = ""
+    is_fault: bool = False
 
 
 def check(site: Site, kind: str, about: dict[str, Any], work: Callable[[JobHandle], Any]) -> Check:
@@ -69,7 +73,7 @@ def _read(site: Site, path: Path) -> Check | None:
         return Check("running", progress=done / total if total else None)
     if time.time() - note["started"] > RETRY_AFTER_S or job["state"] != "failed":
         return _drop(path)
-    return Check("failed", error=job["error"])
+    return Check("failed", error=job["error"], is_fault=job["detail"] is not None)
 
 
 def _drop(path: Path) -> None:

@@ -91,7 +91,7 @@ def _model_fact(config: Config, report: Check | None) -> ModelFact | None:
     if report.state == "running":
         return ModelFact("checking", name)
     if report.state == "failed":
-        return ModelFact("ready", name, problems=((report.error, ""),))
+        return ModelFact("ready", name, fault=report.error)
     found = report.result
     problems = tuple((_told(entry), str(entry.get("fix") or "")) for entry in found["problems"])
     warnings = tuple(f"{_told(entry)} {entry.get('fix') or ''}".strip() for entry in found["warnings"])
@@ -140,7 +140,7 @@ def data_fact(site: Site, config: Config) -> DataFact | None:
     if found.state == "running":
         return DataFact("checking", done=found.progress, judged=judged)
     if found.state == "failed":
-        return DataFact("ready", refusal=found.error, judged=judged)
+        return DataFact("ready", **{"fault" if found.is_fault else "refusal": found.error}, judged=judged)
     return _together(found.result, judged)
 
 

@@ -9,6 +9,8 @@ from trainer.machine import Machine
 from ui.gate_facts import DataFact, MemoryFact
 
 
-def memory_fact(config: Config, report: dict[str, Any] | None, data: DataFact | None, here: Machine) -> MemoryFact | None:
+def memory_fact(
+    config: Config, report: dict[str, Any] | None, data: DataFact | None, here: Machine
+) -> MemoryFact | None:
     """None."""
     return None

@@ -21,6 +21,8 @@ from ui import numbers
 
 OPEN_GROUPS = ("What", "How")
 """Groups with a panel of their own; the others open inside the second one."""
+FIRST = ("model_path", "data.dataset_path", "profile.name", "hyperparams.max_length")
+"""The order of thought; the other fields follow in the order of the schema."""
 LONG_TEXT = ("profile.system_prompt",)
 PICKED = ("model_path", "data.dataset_path", "data.validation_dataset_path", "profile.name")
 SEGMENTED = ("hyperparams.method",)
@@ -55,7 +57,7 @@ def elem_id(key: str) -> str:
 def build_form() -> Form:
     """Build all panels of the form; values and choices of pickers are filled in when the page is opened."""
     by_group: dict[str, list[FieldInfo]] = {name: [] for name in get_args(Group)}
-    for info in fields():
+    for info in sorted(fields(), key=lambda info: FIRST.index(info.key) if info.key in FIRST else len(FIRST)):
         by_group[info.group].append(info)
     components: dict[str, gr.components.Component] = {}
     with _panel("What", "1 What"):
@@ -100,7 +102,8 @@ def _component(info: FieldInfo) -> gr.components.Component:
     classes = ["sb-field", "sb-basic" if info.basic else "sb-advanced"] + (
         ["sb-wide-field"] if info.key in WIDE else []
     )
-    label = f"{info.title}, {info.unit}" if info.unit else info.title
+    # "Epochs" needs no unit beside it
+    label = f"{info.title}, {info.unit}" if info.unit and info.unit not in info.title.lower() else info.title
     common: dict[str, Any] = {
         "label": label,
         "info": info.help,

@@ -73,6 +73,8 @@ def _model(config: Config, facts: Facts) -> list[GateLine]:
     fact = facts.model
     if fact is None or fact.state == "checking":
         return [GateLine("model", "not-run", "Model: being checked.", (), key)]
+    if fact.fault:
+        return [GateLine("model", "warning", f"The model could not be checked. {fact.fault}", (), key)]
     if not fact.valid:
         first, fix = fact.problems[0] if fact.problems else ("it is not a model folder.", "")
         text = f"Cannot train this folder: {first[:1].lower() + first[1:]} {fix}".strip()
@@ -97,6 +99,8 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
     fact = facts.data
     if fact is None:
         return [GateLine("data", "not-run", "Data: being checked.", (), key)]
+    if fact.fault:
+        return [GateLine("data", "warning", f"The data could not be checked. {fact.fault}", (), key)]
     if fact.refusal:
         return [GateLine("data", "problem", fact.refusal, (_go(key[0]),), key, True)]
     if fact.state == "checking":

@@ -48,6 +48,7 @@ class ModelFact:
     problems: tuple[tuple[str, str], ...] = ()  # (sentence, what to do)
     warnings: tuple[str, ...] = ()
     is_adapter: bool = False
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class DataFact:
     sampled: bool = False
     notes: tuple[str, ...] = ()
     refusal: str = ""
+    fault: str = ""
     done: float | None = None
     judged: dict[str, Any] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.locks import FileLock
+from trainer.locks import FileLock, device_lock_path, holder
 from trainer.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -119,10 +119,9 @@ def _open(options: Options, listening: socket.socket, ended: threading.Event) ->
     _private_surroundings(workspace.root / "server")
     with _without_stub_files():
         from ui.server import Server
+    from trainer.engine import Engine
     from trainer.jobs import Jobs
     from trainer.worker import Worker
-
-    from trainer.engine import Engine
     from ui.drafts import Drafts
     from ui.site import Site
 
@@ -169,9 +168,11 @@ def _without_stub_files() -> Iterator[None]:
 
 
 def _close(site: Site, server: Server) -> None:
-    if site.engine.holder() is not None:
-        say("Stopping: finishing the step, then saving.")
-    site.engine.shutdown(timeout_s=SAVE_S)
+    works = (holder(device_lock_path(site.engine.machine().device)) or {}).get("pid") == os.getpid()
+    if works:
+        say("Stopping: the run ends its step and is saved.")
+    # an engine that is only importing torch has nothing to save, and need not be waited for
+    site.engine.shutdown(timeout_s=SAVE_S if works else 0.2)
     server.stop()
     site.worker.close()
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from trainer.refusal import Refusal
-from ui import train_do, train_row, train_state
+from ui import train_do, train_row, train_state, train_try
 from ui.guard import Caller, caller_of, guarded
 from ui.replies import json_reply
 from ui.site import Site
@@ -38,7 +38,7 @@ def routes(site: Site) -> list[Route]:
         "start": ("start", lambda caller, body: train_do.start(site, caller)),
         "smoke": ("smoke", lambda caller, body: train_do.smoke(site, caller)),
         "smoke-stop": ("smoke", lambda caller, body: train_do.smoke_stop(site)),
-        "try": ("start", lambda caller, body: train_do.try_it(site, caller)),
+        "try": ("start", lambda caller, body: train_try.try_it(site, caller)),
     }
     return [
         *(Route(f"/api/train/{n}", guarded(action, _get(work))) for n, (action, work) in reads.items()),

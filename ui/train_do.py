@@ -99,8 +99,3 @@ def restore(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:
     configs.restore(found, path)
     site.drafts.change(caller.session, lambda d: replace(d, revision=d.revision + 1))
     return {"said": f"{name} is again as it was. What it replaced is kept."}
-
-
-def try_it(site: Site, caller: Caller) -> dict[str, Any]:
-    """Make the starter model and data, then start a run with them; the state shows how far it is."""
-    raise NotImplementedError

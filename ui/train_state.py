@@ -15,7 +15,6 @@ from typing import Any
 
 from trainer.config import Config, as_text, backups, fields, get
 from trainer.launch import auto_name
-from ui import numbers
 from ui.derived import derived_line
 from ui.drafts import Draft
 from ui.facts import gather, plan_for
@@ -56,8 +55,10 @@ def state_of(site: Site, caller: Caller) -> dict[str, Any]:
     smoke_running = now.facts.smoke is not None and now.facts.smoke.state == "running"
     stops = blocking(now.lines)
     trying = try_state(site, caller)
-    pending = smoke_running or bool(trying and trying["running"]) or any(
-        line.status == "not-run" and line.code in ("model", "data") for line in now.lines
+    pending = (
+        smoke_running
+        or bool(trying and trying["running"])
+        or any(line.status == "not-run" and line.code in ("model", "data") for line in now.lines)
     )
     return {
         "form_revision": draft.revision,
@@ -173,6 +174,3 @@ def _is_empty(site: Site, form: FormState) -> bool:
     config = form.config
     chosen = config is not None and (config.model_path or config.data.files)
     return not chosen and not form.changes and not site.workspace.models() and not site.workspace.datasets()
-
-
-__all__ = ["numbers", "state_of", "suggestions_of"]

@@ -57,7 +57,7 @@
     /** The whole run: what every chart shows while nobody has zoomed, so that their axes agree. */
     full(model) {
       const at = this.places(model), { step = 0, now = 0 } = model.fast;
-      if (!at.byTime) return [0, Math.max(step, 1) * 1.005];
+      if (!at.byTime) return [-0.005 * Math.max(step, 1), 1.005 * Math.max(step, 1)];
       const end = model.isLive ? now : model.lastSignBefore(Infinity);
       return [at.ofTime(0), Math.max(at.ofTime(end), at.ofTime(0) + 1 / this.unit[1])];
     }

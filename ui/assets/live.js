@@ -160,7 +160,7 @@
 
     memoryPanel() {
       this.memoryChart = this.chart(signalbox.charts.memoryChart, "memory", "Memory over the run");
-      this.memoryTitle = el("h2", "Memory");
+      this.memoryTitle = el("h2", "Memory, GiB");
       return el("section.sb-panel", el("div.sb-live-panelhead", this.memoryTitle, this.keys(this.memoryChart)), this.memoryChart.box);
     }
 
@@ -266,7 +266,7 @@
       const limit = gpu ? known(m.last(m.heat.limit_gib)) : null;
       const text = limit === null ? n.memory(used) : `${used === null ? "–" : used.toFixed(1)} / ${n.memory(limit)}`;
       f.Memory(text, [isLive ? peak !== null && `peak ${n.memory(peak)}` : "peak of the run", !gpu && "main memory"].filter(Boolean).join(", "));
-      say(this.memoryTitle, gpu ? "Memory" : "Memory of the process (on the CPU)");
+      say(this.memoryTitle, gpu ? "Memory, GiB" : "Memory of the process (on the CPU), GiB");
       const pace = isLive ? m.pace() : { text: "in the middle of the run", tone: "" };
       f.Speed(n.speed(known(isLive ? m.fast.speed : m.middleSpeed())), pace.text, pace.tone);
       if (this.lossChart.isDrawn) this.showLastValues(loss, heldOut, used);

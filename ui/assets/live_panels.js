@@ -13,7 +13,7 @@
     running: (e) => (e.step ? `training from step ${e.step}` : "training began"),
     checkpoint: (e, n) => `saved ${n.count(e.step)} (${n.disk(e.bytes)}${e.seconds === undefined ? "" : `, ${n.duration(e.seconds)}`})`,
     eval: (e, n) => `held-out ${n.loss(e.loss)} at ${n.count(e.step)}${e.best ? ", best" : ""}`,
-    sample: (e, n) => `sample at ${n.count(e.step)}`,
+    sample: (e, n) => `samples at ${n.count(e.step)}`,
     oom_rung: (e, n) => `out of memory at ${n.count(e.step)}, went on smaller`,
     rewind: (e, n) => `went back to ${n.count(e.step)}`,
     pausing: (e) => `pause asked by ${e.by}`,
@@ -61,7 +61,9 @@
 
     showEvents() {
       const n = signalbox.numbers;
-      const told = this.model.events.filter((e) => e.kind in TOLD).slice(-100).reverse();
+      const all = this.model.events.filter((e) => e.kind in TOLD);
+      // a step writes several samples; one line says so
+      const told = all.filter((e, i) => e.kind !== "sample" || all[i - 1]?.kind !== "sample" || all[i - 1].step !== e.step).slice(-100).reverse();
       this.happened.replaceChildren(...told.map((e) => el("li", el("time", { title: new Date(e.t * 1000).toISOString() }, signalbox.clock(e.t)), el("span", TOLD[e.kind](e, n)))));
     }
 

@@ -176,7 +176,8 @@
       if (help) help.id = `${wrapper.id}-help`;
       wrapper.append(node);
       input.setAttribute("aria-describedby", `${wrapper.id}-help ${id}`);
-      if (input.type === "text" || input.tagName === "TEXTAREA") input.spellcheck = false;
+      input.spellcheck = false;
+      if (input.getAttribute("role") === "combobox") input.placeholder = "Choose";
       return node;
     }
 

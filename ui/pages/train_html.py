@@ -107,8 +107,13 @@ def fit_html(memory: MemoryFact | None) -> str:
     )
 
 
-def changes_html(changes: list[Change], automatic: dict[str, str], undone: int) -> str:
-    """What differs from the config, each with an undo; and the way back after a revert."""
+def plan_html(line: str) -> str:
+    """What will happen, in one line."""
+    return f'<p class="sb-derived">{html.escape(line)}</p>' if line else ""
+
+
+def changes_html(changes: list[Change], automatic: dict[str, str], retired: list[str], undone: int) -> str:
+    """What differs from the config, each with an undo; the way back after a revert; keys without effect."""
     rows = "".join(_change(change, automatic.get(change.field, "")) for change in changes)
     table = f'<table class="sb-table"><tr><th>Setting</th><th>Config</th><th>Now</th><th></th></tr>{rows}</table>'
     text = table if changes else "<p>Nothing differs from the config.</p>"
@@ -116,6 +121,10 @@ def changes_html(changes: list[Change], automatic: dict[str, str], undone: int) 
         act = html.escape(json.dumps({"act": "restore"}))
         word = f"{undone} change{'s were' if undone > 1 else ' was'} dropped."
         text += f'<p>{word} <button type="button" class="sb-link" data-act="{act}">Bring back</button></p>'
+    if retired:
+        text += (
+            f'<p class="sb-help">In the config, but without effect (retired): {html.escape(", ".join(retired))}.</p>'
+        )
     return text
 
 

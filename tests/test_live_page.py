@@ -1,0 +1,331 @@
+"""The live board in a real browser, over runs that the trainer's own writers (and once the trainer itself) write."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ASSETS, ROOT, RunningApp
+from tests.made_runs import MadeRun
+from trainer import control
+from trainer.workspace import Workspace
+
+pytestmark = pytest.mark.browser
+LOSS = ".sb-chart-loss"
+PATIENCE_MS = 15_000
+
+
+@pytest.fixture
+def made(app: RunningApp) -> Iterator[MadeRun]:
+    """A run of 200 steps that stands at step 30, on a GPU."""
+    run = MadeRun(Workspace(app.workspace).runs, "watched", gpu=True).start(200)
+    for _ in range(30):
+        run.step()
+    yield run
+    run.lock.release()
+
+
+def drawn(page: Any, trace: int = 0) -> int:
+    """Points of one trace of the loss chart."""
+    return page.evaluate(f"document.querySelector('{LOSS}')?.data?.[{trace}]?.x.length ?? 0")
+
+
+def wait_until(page: Any, condition: str) -> None:
+    """Wait for a JavaScript condition."""
+    page.wait_for_function(condition, timeout=PATIENCE_MS)
+
+
+def open_board(page: Any, app: RunningApp, run_id: str, points: int) -> None:
+    """Open a run and wait until its curve is drawn."""
+    page.goto(f"{app.url}/live?run={run_id}")
+    wait_until(page, f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= {points}")
+
+
+def keep_stepping(made: MadeRun, every_s: float) -> Callable[[], None]:
+    """Steps on a thread until the returned function is called."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(every_s):
+            made.step()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+
+    def stop() -> None:
+        over.set()
+        thread.join()
+
+    return stop
+
+
+def test_twenty_points_arrive_while_somebody_watches_at_half_a_kibibyte_an_update(
+    page: Any, app: RunningApp, made: MadeRun
+) -> None:
+    open_board(page, app, made.run_id, 30)
+    sizes: list[int] = []
+    page.on("response", lambda reply: "/feed?" in reply.url and sizes.append(len(reply.body())))
+    before, updates = drawn(page), 0
+    for _ in range(22):
+        made.step()
+        time.sleep(0.12)
+    wait_until(page, f"document.querySelector('{LOSS}').data[0].x.length >= {before + 20}")
+    page.wait_for_timeout(1200)
+    made.step()
+    updates = len(sizes)
+    wait_until(page, f"document.querySelector('{LOSS}').data[0].x.length >= {before + 23}")
+    page.wait_for_timeout(200)
+    assert len(sizes) > updates and sizes[updates] <= 512, sizes
+    assert page.locator(".sb-live-steps").inner_text() == "53 / 200"
+
+
+def test_zoom_survives_three_updates_and_every_chart_shows_the_same_stretch(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    box = page.locator(f"{LOSS} .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 600, box["y"] + 200, steps=8)
+    page.mouse.up()
+    ranges = "['.sb-chart-loss','.sb-chart-memory'].map((c) => document.querySelector(c).layout.xaxis.range.map((x) => Math.round(x * 100)))"
+    wait_until(page, f"JSON.stringify({ranges}[0]) === JSON.stringify({ranges}[1]) && {ranges}[0][1] < 3000")
+    zoomed = page.evaluate(ranges)
+    node = page.evaluate_handle(f"document.querySelector('{LOSS} .main-svg')")
+    for update in range(1, 4):
+        made.step()
+        wait_until(page, f"document.querySelector('{LOSS}').data[0].x.length === {30 + update}")
+        assert page.evaluate(ranges) == zoomed
+    assert node.evaluate("(svg) => svg.isConnected")  # the same drawing, extended, not a new one
+    page.get_by_label("More for this chart").click()
+    page.get_by_role("menuitem", name="Reset zoom").click()
+    wait_until(page, f"{ranges}[0][1] >= 3300")
+
+
+def test_a_reload_and_a_second_tab_show_the_same(page: Any, app: RunningApp, made: MadeRun) -> None:
+    def shown(tab: Any) -> list[str]:
+        tab.wait_for_function(f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= 30", timeout=PATIENCE_MS)
+        return tab.locator(".sb-live-value").all_inner_texts() + tab.locator(".sb-live-events li").all_inner_texts()
+
+    open_board(page, app, made.run_id, 30)
+    first = shown(page)
+    second = page.context.new_page()
+    second.goto(f"{app.url}/live")  # the running one, without naming it
+    assert shown(second) == first
+    assert made.run_id in second.url
+    page.reload()
+    assert shown(page) == first
+    assert first[0] == "1.368" and "19.2 / 24.0 GiB" in first
+
+
+def test_nan_is_a_mark_on_the_curve_and_a_word_in_the_figure_never_zero(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    made.step(loss=float("nan"))
+    wait_until(page, "document.querySelector('.sb-live-value').textContent === 'NaN'")
+    wait_until(page, f"document.querySelector('{LOSS}').data[0].x.length === 31")
+    data = page.evaluate(
+        f"document.querySelector('{LOSS}').data.map((t) => ({{name: t.name, x: [...t.x], y: [...t.y], text: t.text}}))"
+    )
+    loss, marks = data[0], next(trace for trace in data if trace["name"] == "NaN")
+    assert loss["y"][-1] is None and 0 not in loss["y"]
+    assert marks["x"] == [31] and marks["text"] == ["step 31: loss is NaN"]
+    assert page.locator(f"{LOSS} .points path.point").count() >= 1
+
+
+def test_without_a_server_the_figures_stay_and_the_page_says_since_when(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    before = page.locator(".sb-live-value").all_inner_texts()
+    page.clock.install()
+    page.route("**/feed?*", lambda route: route.fulfill(status=503, body=""))
+    page.clock.run_for(130_000)
+    bar = page.locator(".sb-live-bar.sb-tone-warn")
+    bar.wait_for()
+    assert re.fullmatch(r"No answer since \d\d:\d\d \(2 min \d+ s\)\. Trying again\.", bar.inner_text())
+    assert page.locator(".sb-live-value").all_inner_texts() == before
+    page.unroute("**/feed?*")
+    page.clock.run_for(16_000)
+    bar.wait_for(state="hidden")
+
+
+test_without_a_server_the_figures_stay_and_the_page_says_since_when.pytestmark = [  # type: ignore[attr-defined]
+    pytest.mark.browser
+]
+
+
+def test_stop_asks_what_to_do_with_the_steps_and_sends_the_choice(page: Any, app: RunningApp, made: MadeRun) -> None:
+    made.checkpoint()
+    for _ in range(12):
+        made.step()
+    open_board(page, app, made.run_id, 42)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    row = page.locator(".sb-live-actions")
+    assert [b.inner_text() for b in row.get_by_role("button").all()] == ["Save and stop, about 3 s", "Discard 12 steps…", "Keep running"]
+    row.get_by_role("button", name="Keep running").click()
+    assert not list(made.run.control.iterdir())
+    page.get_by_role("button", name="Stop", exact=True).click()
+    row.get_by_role("button", name="Discard 12 steps…").click()
+    assert "Discard 12 steps? Step 30 stays." in row.inner_text()
+    row.get_by_role("button", name="Discard 12 steps").click()
+    wait_for(lambda: bool(list(made.run.control.iterdir())))
+    assert [order.command for order in control.take(made.run.control)] == ["stop-now"]
+    made.events.append("stopping", by="owner", now=True)
+    made.end("stopped", step=30, by="owner", now=True, saved_step=30, saved_bytes=4_800_000_000, memory_before_gib=18.4, memory_after_gib=0.6)
+    notice = page.locator(".sb-live-notice")
+    notice.get_by_text("Stopped by owner at step 30.").wait_for()
+    assert "Saved: step 30 (4.8 GB). GPU memory 18.4 GiB → 614 MiB" in notice.inner_text()
+    assert notice.get_by_role("button", name="Resume").is_visible()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait for something on this side."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "texts", "action"),
+    [
+        ("finished", {"step": 30, "saved_step": 30, "saved_bytes": 4_800_000}, ["Finished 30 steps", "Saved: step 30 (4.8 MB)."], "Use this model"),
+        ("failed", {"cause": "CUDA out of memory", "detail": "Traceback <b>"}, ["Failed at step 42", "CUDA out of memory", "Safe: step 30. Lost: 12 steps"], "Resume from 30"),
+        ("diverged", {"step": 42, "cause": "loss became NaN at step 42."}, ["Stopped: loss became NaN at step 42.", "Last good: step 30."], "Resume from 30"),
+        ("paused", {"step": 30, "by": "lab-2", "saved_step": 30}, ["Paused by lab-2 at step 30."], "Resume"),
+        (None, {}, ["Cut off at step 42", "Safe: step 30. 12 steps will be repeated."], "Resume from 30"),
+    ],
+)  # fmt: skip
+def test_every_end_says_first_what_is_safe_and_offers_the_next_step(
+    page: Any, app: RunningApp, made: MadeRun, kind: str | None, fields: dict[str, Any], texts: list[str], action: str
+) -> None:
+    made.checkpoint()
+    for _ in range(0 if kind == "finished" else 12):
+        made.step()
+    if kind is None:
+        made.close()  # killed: the lock is free, no last event
+    else:
+        made.end(kind, **fields)
+    open_board(page, app, made.run_id, 30)
+    notice = page.locator(".sb-live-notice")
+    notice.get_by_role("button", name=action, exact=True).wait_for()
+    for text in texts:
+        assert text in notice.inner_text()
+    assert not page.get_by_role("button", name="Stop", exact=True).count()
+
+
+def test_names_logs_and_samples_are_text_and_run_nothing(page: Any, app: RunningApp) -> None:
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    made = MadeRun(Workspace(app.workspace).runs, evil, why=evil).start()
+    made.step()
+    made.events.append("log", text=evil)
+    made.events.append("alert", code="spike", step=1, text=evil)
+    made.events.append("sample", step=1, prompt=evil, text=evil, base=evil)
+    made.end("failed", cause=evil, detail=evil)
+    open_board(page, app, made.run_id, 1)
+    for tab in ("Log", "Settings", "Checkpoints", "Samples"):
+        page.get_by_role("tab", name=tab).click()
+    page.wait_for_timeout(300)
+    assert page.title() != "owned"
+    assert page.locator(".sb-live img, .sb-live script").count() == 0
+    assert evil in page.locator(".sb-live-title summary").inner_text()
+
+
+def test_the_curve_takes_the_colours_of_the_theme_and_changes_with_it(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    colours = f"[document.querySelector('{LOSS}').data[1].line.color, getComputedStyle(document.body).getPropertyValue('--sb-run').trim()]"
+    light = page.evaluate(colours)
+    page.evaluate("document.body.classList.toggle('dark')")
+    wait_until(page, f"{colours}[0] !== {json.dumps(light[0])}")
+    dark = page.evaluate(colours)
+    assert light[0] == light[1] and dark[0] == dark[1] != light[0]
+
+
+def test_the_board_fits_the_screen_the_loss_is_tall_and_time_and_step_are_one_axis(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    assert page.locator(LOSS).bounding_box()["height"] >= 300
+    assert page.locator(".sb-tabs").bounding_box()["y"] < 880
+    ranges = "['.sb-chart-loss','.sb-chart-memory'].map((c) => JSON.stringify(document.querySelector(c).layout.xaxis.range))"
+    for axis in ("time", "step"):
+        page.get_by_role("button", name=axis, exact=True).click()
+        wait_until(page, f"{ranges}[0] === {ranges}[1]")
+        suffix = page.evaluate(f"document.querySelector('{LOSS}').layout.xaxis.ticksuffix")
+        assert (suffix == "") == (axis == "step")
+        edges = "['.sb-chart-loss','.sb-chart-memory'].map((c) => document.querySelector(`${c} .nsewdrag`).getBoundingClientRect()).map((b) => [b.left, b.right].join())"
+        assert len(set(page.evaluate(edges))) == 1
+
+
+def test_on_a_phone_nothing_is_cut_off_and_the_actions_stay_under_the_thumb(browser: Any, app: RunningApp, made: MadeRun) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    open_board(page, app, made.run_id, 30)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator(LOSS).bounding_box()["height"] == 220
+    page.mouse.wheel(0, 600)
+    for name in ("Pause", "Stop"):
+        box = page.get_by_role("button", name=name, exact=True).bounding_box()
+        assert box["y"] + box["height"] <= 844 and box["height"] >= 44
+    context.close()
+
+
+def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    page.evaluate(
+        f"localStorage.setItem('signalbox.seen.{made.run_id}', JSON.stringify({{at: {time.time() - 3600}, step: 10, loss: 2}}))"
+    )
+    page.goto("about:blank")
+    made.events.append("alert", code="spike", step=20, text="spike")
+    page.add_init_script("window.__keep = true")
+    open_board(page, app, made.run_id, 30)
+    line = page.locator(".sb-live-back")
+    line.wait_for()
+    assert re.search(r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 1 alert\.", line.inner_text())
+
+
+def test_no_script_addresses_the_root_of_the_host_so_that_a_root_path_works() -> None:
+    scripts = [ASSETS / name for name in ("live.js", "live_actions.js", "live_panels.js", "run_tabs.js", "runs.js", "poller.js")]
+    found = [match for path in scripts for match in re.findall(r"[\"'`]/(?:api|live|runs|files)[^\"'`]*", path.read_text())]
+    assert len(scripts) == 6 and found == []
+
+
+def test_a_real_run_is_watched_stopped_from_the_page_and_its_receipt_is_true(
+    page: Any, app: RunningApp, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    config = {
+        "model_path": str(tiny_model),
+        "data": {"dataset_path": str(tiny_dataset)},
+        "hyperparams": {"max_steps": 5000, "gradient_accumulation": 1},
+        "eval": {"eval_steps": 50},
+        "output": {"save_steps": 40},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "trainer", "train", "--config", str(tmp_path / "config.json"), "--workspace", str(app.workspace)]
+    trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+    try:
+        page.goto(f"{app.url}/live")
+        page.wait_for_function(f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= 60", timeout=60_000)
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.get_by_role("button", name="Save and stop").click()
+        notice = page.locator(".sb-live-notice")
+        notice.get_by_text("Stopped by owner at step").wait_for(timeout=30_000)
+        assert trainer.wait(30) == 0, trainer.stdout.read()
+    finally:
+        trainer.kill()
+        trainer.wait()
+    (run,) = [run for run in Workspace(app.workspace).list_runs() if run.snapshot()["model"]["display_name"] == tiny_model.name]
+    step = int(re.search(r"at step ([\d,]+)", notice.inner_text()).group(1).replace(",", ""))
+    assert f"Saved: step {step:,}" in notice.inner_text()
+    assert (run.checkpoints / f"step_{step:08d}" / "MANIFEST.json").is_file()
+    page.get_by_role("tab", name="Rows").click()
+    page.get_by_label("Step", exact=True).fill(str(step))
+    page.get_by_role("button", name="Show", exact=True).first.click()
+    page.get_by_role("cell", name="forty.jsonl, line").first.wait_for()
+    page.locator(".sb-live-turns").first.get_by_role("button", name="Show").click()
+    page.locator(".sb-live-turns pre").first.wait_for()
+    assert re.search(r"What is \d+ plus \d+\?", page.locator(".sb-live-turns").first.inner_text())
