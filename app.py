@@ -40,30 +40,16 @@ def parser() -> argparse.ArgumentParser:
     )
     made.error = _refuse  # type: ignore[method-assign]  # one line, like every other refusal
     made.add_argument("command", nargs="?", choices=["stop"], help="stop: end the server of the workspace")
-    made.add_argument(
-        "--config", metavar="F", help="starting values of the form (default: config.json beside app.py)"
-    )
-    made.add_argument(
-        "--workspace", metavar="D", default="workspace", help="runs, data, models (default: ./workspace)"
-    )
-    made.add_argument(
-        "--model-root", metavar="D", action="append", default=[], help="a further folder of models"
-    )
-    made.add_argument(
-        "--data-root", metavar="D", action="append", default=[], help="a further folder of data"
-    )
+    made.add_argument("--config", metavar="F", help="starting values of the form (default: config.json beside app.py)")
+    made.add_argument("--workspace", metavar="D", default="workspace", help="runs, data, models (default: ./workspace)")
+    made.add_argument("--model-root", metavar="D", action="append", default=[], help="a further folder of models")
+    made.add_argument("--data-root", metavar="D", action="append", default=[], help="a further folder of data")
     made.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine's own only")
     made.add_argument("--port", type=_port, default=7860)
     made.add_argument("--share", action="store_true", help="a link for teammates (not in this version yet)")
-    made.add_argument(
-        "--public-host", metavar="H", action="append", default=[], help="a reverse proxy's name for us"
-    )
-    made.add_argument(
-        "--root-path", metavar="P", default="", help="the path under which a reverse proxy shows us"
-    )
-    made.add_argument(
-        "--detach", action="store_true", help="go on without this terminal; ended by: app.py stop"
-    )
+    made.add_argument("--public-host", metavar="H", action="append", default=[], help="a reverse proxy's name for us")
+    made.add_argument("--root-path", metavar="P", default="", help="the path under which a reverse proxy shows us")
+    made.add_argument("--detach", action="store_true", help="go on without this terminal; ended by: app.py stop")
     made.add_argument("--foreground", action="store_true", help="no supervisor: this process is the server")
     made.add_argument("--no-browser", action="store_true", help="do not open a browser")
     return made
@@ -236,9 +222,7 @@ def stop_server(options: Options) -> int:
     deadline = time.monotonic() + SAVE_S + 20
     while is_held(options.supervisor_lock) or is_held(options.lock):
         if time.monotonic() > deadline:
-            raise Refusal(
-                f"The server (process {note['pid']}) has not ended yet. It may still be saving: look again."
-            )
+            raise Refusal(f"The server (process {note['pid']}) has not ended yet. It may still be saving: look again.")
         time.sleep(0.05)
     say("Stopped.")
     return 0

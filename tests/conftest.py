@@ -150,6 +150,25 @@ def app_url(app: RunningApp) -> str:
     return app.url
 
 
+@pytest.fixture
+def site(tmp_path: Path, private_runtime: None) -> Iterator[Any]:
+    """All parts of a server in this process, on an empty workspace; nothing listens."""
+    from trainer.engine import Engine
+    from trainer.jobs import Jobs
+    from trainer.worker import Worker
+    from trainer.workspace import Workspace
+    from ui.drafts import Drafts
+    from ui.site import Site
+
+    workspace = Workspace(tmp_path / "workspace").create()
+    worker = Worker()
+    engine = Engine(workspace, worker)
+    drafts = Drafts(workspace.drafts)
+    yield Site(workspace, engine, worker, Jobs(workspace.jobs), drafts, ROOT / "config.json")
+    engine.shutdown(timeout_s=5)
+    worker.close()
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A real Chromium, closed at the end."""
@@ -188,9 +207,7 @@ def run_numbers_js(request: pytest.FixtureRequest) -> Callable[[Any], list[str]]
         text = f"globalThis.window = globalThis;\n{source}\nconst CALLS = {json.dumps(json.dumps(calls))};\n"
         text += f"process.stdout.write(JSON.stringify({calls_js}));"
         environment = {**os.environ, "TZ": "Europe/Berlin"}
-        done = subprocess.run(
-            [node, "-"], input=text, capture_output=True, text=True, check=True, env=environment
-        )
+        done = subprocess.run([node, "-"], input=text, capture_output=True, text=True, check=True, env=environment)
         return json.loads(done.stdout)
 
     def in_chromium(calls: Any) -> list[str]:

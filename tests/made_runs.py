@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -111,6 +112,11 @@ class MadeRun:
         self.events.append(kind, **fields)
         self.close()
         return self
+
+    def remove(self) -> None:
+        """Free the lock and take the whole run away, for tests that share a workspace."""
+        self.lock.release()
+        shutil.rmtree(self.run.path, ignore_errors=True)
 
     def close(self) -> None:
         """Free the lock as a killed trainer would."""

@@ -120,9 +120,7 @@ def test_an_action_the_table_does_not_have_is_an_error_not_a_permission() -> Non
         Caller("owner", "s", rows_visible=True).may("format_disk")
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost:7860", "127.0.0.1:7860", "[::1]:7860", "LOCALHOST:7860", "localhost"]
-)
+@pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1:7860", "[::1]:7860", "LOCALHOST:7860", "localhost"])
 def test_the_names_of_this_machine_are_answered(host: str) -> None:
     assert ask(headers={"host": host}).status_code == 200
 
@@ -319,9 +317,7 @@ def test_uploads_have_a_limit_of_their_own_and_a_session_has_a_quota(monkeypatch
     second = ask(guard.UPLOAD_PATH, "POST", around=around, content=b"x" * 10_000, headers=session)
     assert second.status_code == 413 and "data root" in second.json()["error"]
     other = {"cookie": f"{guard.COOKIE}={'b' * 43}"}
-    assert (
-        ask(guard.UPLOAD_PATH, "POST", around=around, content=b"x" * 10_000, headers=other).status_code == 200
-    )
+    assert ask(guard.UPLOAD_PATH, "POST", around=around, content=b"x" * 10_000, headers=other).status_code == 200
 
 
 def test_replies_that_say_nothing_of_caching_are_not_kept() -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ def made(app: RunningApp) -> Iterator[MadeRun]:
     for _ in range(30):
         run.step()
     yield run
-    run.lock.release()
+    run.remove()
 
 
 def drawn(page: Any, trace: int = 0) -> int:
@@ -49,24 +48,6 @@ def open_board(page: Any, app: RunningApp, run_id: str, points: int) -> None:
     """Open a run and wait until its curve is drawn."""
     page.goto(f"{app.url}/live?run={run_id}")
     wait_until(page, f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= {points}")
-
-
-def keep_stepping(made: MadeRun, every_s: float) -> Callable[[], None]:
-    """Steps on a thread until the returned function is called."""
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(every_s):
-            made.step()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-
-    def stop() -> None:
-        over.set()
-        thread.join()
-
-    return stop
 
 
 def test_twenty_points_arrive_while_somebody_watches_at_half_a_kibibyte_an_update(
@@ -155,11 +136,6 @@ def test_without_a_server_the_figures_stay_and_the_page_says_since_when(page: An
     bar.wait_for(state="hidden")
 
 
-test_without_a_server_the_figures_stay_and_the_page_says_since_when.pytestmark = [  # type: ignore[attr-defined]
-    pytest.mark.browser
-]
-
-
 def test_stop_asks_what_to_do_with_the_steps_and_sends_the_choice(page: Any, app: RunningApp, made: MadeRun) -> None:
     made.checkpoint()
     for _ in range(12):
@@ -235,6 +211,7 @@ def test_names_logs_and_samples_are_text_and_run_nothing(page: Any, app: Running
     assert page.title() != "owned"
     assert page.locator(".sb-live img, .sb-live script").count() == 0
     assert evil in page.locator(".sb-live-title summary").inner_text()
+    made.remove()
 
 
 def test_the_curve_takes_the_colours_of_the_theme_and_changes_with_it(page: Any, app: RunningApp, made: MadeRun) -> None:

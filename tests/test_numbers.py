@@ -55,8 +55,7 @@ def test_python_and_javascript_agree_on_figures_nobody_chose(
         # halves and edges, where rounding parts ways
         calls += [[name, [draw.randrange(0, 4000) / 8]] for _ in range(100)]
         calls += [
-            [name, [draw.choice((1, 10, 60, 100, 600, 3600, 86400, 1e5, 1e6)) * (1 - 10**-k)]]
-            for k in range(2, 12)
+            [name, [draw.choice((1, 10, 60, 100, 600, 3600, 86400, 1e5, 1e6)) * (1 - 10**-k)]] for k in range(2, 12)
         ]
     now = TABLE["now_s"]
     calls += [["when", [now - 10 ** draw.uniform(0, 8), now]] for _ in range(200)]

@@ -145,7 +145,7 @@ def three(app: RunningApp) -> Iterator[list[MadeRun]]:
     made[2].end("stopped", step=1, by="owner")
     yield made
     for run in made:
-        run.lock.release()
+        run.remove()
 
 
 @pytest.mark.browser

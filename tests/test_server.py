@@ -159,15 +159,11 @@ def test_plotly_comes_out_of_the_installed_wheel(app_url: str) -> None:
     assert status(app_url, "/files/plotly-0.0.0/plotly.min.js") == 404
 
 
-def test_every_route_of_ours_names_the_action_that_its_caller_must_be_allowed() -> None:
+def test_every_route_of_ours_names_the_action_that_its_caller_must_be_allowed(site: Any) -> None:
     """Walks the routes as the server mounts them; a route added without `guarded` fails here."""
-    import ui.feed
-    import ui.routes
-    import ui.routes_train
-    from tests.sites import empty_site
+    from ui.server import our_routes
 
-    site = empty_site()
-    routes = [*ui.routes.routes(site), *ui.feed.routes(site), *ui.routes_train.routes(site)]
+    routes = our_routes(site)
     assert len(routes) > 8
     for route in routes:
         assert getattr(route.endpoint, "action", None) in ACTIONS, route.path

@@ -155,7 +155,9 @@ def test_a_phone_gets_large_controls_and_no_sideways_scrolling(app_url: str, bro
         phone.goto(f"{app_url}/{path}")
         phone.wait_for_selector(".sb-nav a")
         assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path
-        heights = phone.evaluate("[...document.querySelectorAll('.sb-nav a, .sb-header button')].map(e => e.offsetHeight)")
+        heights = phone.evaluate(
+            "[...document.querySelectorAll('.sb-nav a, .sb-header button')].map(e => e.offsetHeight)"
+        )
         assert min(heights) >= 44
     context.close()
 

@@ -238,7 +238,8 @@ def _starter(arguments: argparse.Namespace) -> int:
 
     workspace = Workspace(arguments.workspace.resolve()).create()
     made = ask_worker("starter", models_root=str(workspace.models_dir), datasets_root=str(workspace.datasets_dir))
-    print(f"Starter model: {made['model']}\nStarter data: {made['dataset']}")
+    model, dataset = made
+    print(f"Starter model: {model}\nStarter data: {dataset}")
     return 0
 
 

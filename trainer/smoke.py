@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from trainer.config import flatten
+from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import smoke_checks as checks
-from trainer.loop.prepare import Left, build_model, pick_device, plan_of, split_rows, tokenise
+from trainer.loop.prepare import Left, build_model, pick_device, plan_of, safetensors_folder, split_rows, tokenise
 from trainer.machine import Machine
 from trainer.refusal import Refusal
 from trainer.report import Report
@@ -95,7 +96,9 @@ def _check_all(
     _leave(interrupt)
     report.doing("loading the model")
     said: list[str] = []
-    model = build_model(config, model_path, cache, device, here.summary, said.append)
+    converted = make_private_dir(workspace.tokens.parent / "converted")
+    folder_of_model = safetensors_folder(model_path, converted, worker, said.append)
+    model = build_model(config, folder_of_model, cache, device, here.summary, said.append)
     checks.finite_weights(report, model)
     checks.loss_path(report, model)
     checks.checkpointing(report, config, model, tokens)

@@ -1,7 +1,7 @@
 """Reports for people: what the doctor found in a file, what the inspector found in a model folder.
 
 Pure functions from the worker's JSON to one small shape that `assets/shelf.js` draws for both pages:
-`{"status", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "more"}], "bars"}`.
+`{"status", "word", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "more"}], "bars"}`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
     if report.get("template_note"):
         groups.append(_group("warning", report["template_note"], "", [], 0))
     status = "pass" if not groups else "problem" if not report["usable"] else "warning"
+    bad = report["rows"] - report["usable"]
     return {
         "status": status,
+        "word": f"{count(bad)} with problems" if bad else "good" if report["rows"] else "no rows",
         "headline": report["summary"],
         "facts": facts,
         "groups": groups,
@@ -71,7 +73,9 @@ def model_view(report: dict[str, Any]) -> dict[str, Any]:
         number = len(report["problems"])
         headline = f"Cannot be trained yet: {count(number)} {'problem' if number == 1 else 'problems'}."
     status = "problem" if not report["valid"] else "warning" if groups else "pass"
-    return {"status": status, "headline": headline, "facts": _model_facts(report), "groups": groups, "bars": None}
+    word = "good" if status == "pass" else "can be trained" if report["valid"] else "cannot be trained"
+    facts = _model_facts(report)
+    return {"status": status, "word": word, "headline": headline, "facts": facts, "groups": groups, "bars": None}
 
 
 def _format(report: dict[str, Any]) -> str:

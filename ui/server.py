@@ -17,8 +17,11 @@ import gradio as gr
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.routing import Route
 
+import ui.data_api
 import ui.feed
+import ui.models_api
 import ui.routes
 import ui.routes_train
 from ui.guard import MAX_BODY_BYTES, Guard, Rules, caller_of
@@ -50,12 +53,18 @@ def build_pages(site: Site) -> gr.Blocks:
     return demo
 
 
+def our_routes(site: Site) -> list[Route]:
+    """Every route that is not Gradio's, in the order they are tried."""
+    parts = (ui.routes, ui.feed, ui.routes_train, ui.data_api, ui.models_api)
+    return [route for part in parts for route in part.routes(site)]
+
+
 def create_app(
     site: Site, *, rules: Rules | None = None, root_path: str = "", restart: Callable[[], None] = lambda: None
 ) -> Guard:
     """The whole application behind its guard. Every Gradio setting that could widen what is reachable is
     passed by name, so that no GRADIO_… variable of the environment decides it."""
-    app = Starlette(routes=[*ui.routes.routes(site), *ui.feed.routes(site), *ui.routes_train.routes(site)])
+    app = Starlette(routes=our_routes(site))
     app.state.restart = restart
     demo = build_pages(site)
     demo.root_path = root_path

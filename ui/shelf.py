@@ -6,7 +6,6 @@ files. Checks run as jobs in the limited worker; pages poll the routes made here
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from ui.guard import guarded
 from ui.replies import json_reply
 from ui.site import Site
 
-ItemId = re.compile(r"[A-Za-z0-9._-]{1,80}")
 View = Callable[[dict[str, Any]], dict[str, Any]]
 Check = Callable[[JobHandle], dict[str, Any]]
 
@@ -58,14 +56,23 @@ class Standing:
             return {"sign": "preparing", "word": f"checking{share}"}
         if self.state == "done" and self.view is not None:
             return {"sign": self.view["status"], "word": self.view["word"]}
-        return {"sign": "problem", "word": "check failed"} if self.state == "failed" else {"sign": "not-run", "word": "not checked"}
+        return (
+            {"sign": "problem", "word": "check failed"}
+            if self.state == "failed"
+            else {"sign": "not-run", "word": "not checked"}
+        )
 
 
 class Shelf:
     """The items of one kind, their checks and their reports; `kind` is also the name in the addresses."""
 
     def __init__(
-        self, site: Site, kind: str, items: Callable[[], list[Item]], check: Callable[[Item, dict[str, Any]], Check], view: View
+        self,
+        site: Site,
+        kind: str,
+        items: Callable[[], list[Item]],
+        check: Callable[[Item, dict[str, Any]], Check],
+        view: View,
     ) -> None:
         self._site, self._kind, self._items, self._check, self._view = site, kind, items, check, view
         self._folder = site.workspace.root / "cache" / "reports"
@@ -118,7 +125,9 @@ class Shelf:
         rows = []
         for item in self._items():
             standing = self.standing(item)
-            rows.append({"id": item.id, "name": item.name, "cells": list(item.cells), **standing.line(), "job": standing.job})
+            rows.append(
+                {"id": item.id, "name": item.name, "cells": list(item.cells), **standing.line(), "job": standing.job}
+            )
         return {"items": rows}
 
     def _read(self, item_id: str) -> dict[str, Any]:

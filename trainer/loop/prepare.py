@@ -14,7 +14,7 @@ from torch import nn
 from trainer.data.loader import assemble
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
-from trainer.launch import Prompt
+from trainer.launch import Prompt, fingerprint
 from trainer.loop.forward import Choice, choose_path
 from trainer.loop.step import Stepper
 from trainer.models.activations import recompute
@@ -125,6 +125,20 @@ def tokenise(
     except Cancelled:
         raise Left() from None
     return TokenCache.open(Path(made["cache"]))
+
+
+def safetensors_folder(path: Path, root: Path, worker: Worker, say: Say) -> Path:
+    """`path` itself, or for pickle weights its conversion in `root`, made once by the worker: nothing here unpickles."""
+    files = [file.name for file in path.iterdir()]
+    if any(name.endswith(".safetensors") for name in files) or not any(name.endswith(".bin") for name in files):
+        return path
+    target = root / fingerprint(path)
+    if not target.exists():
+        say(
+            f"{path.name} holds pickle weights: converting them to safetensors first. The folder itself is not changed."
+        )
+        worker.call("convert", timeout_s=TOKENISE_LIMIT_S, path=str(path), out=str(target))
+    return target
 
 
 def split_rows(config: Config, cache: TokenCache, held_out: TokenCache | None) -> Tokens:

@@ -15,6 +15,7 @@ from trainer import checkpoint
 from trainer.data.packing import Plan, waste
 from trainer.data.tokens import TokenCache
 from trainer.events import EventLog
+from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import optim, prepare
 from trainer.loop.evaluate import micro_groups
@@ -90,9 +91,10 @@ def get_ready(
     _announce(around, config, tokens, plan)
     leave_if_asked(around)
     around.events.append("phase", name="load")
+    converted = make_private_dir(around.tokens_root.parent / "converted")
     model = prepare.build_model(
         config,
-        Path(config.model_path),
+        prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say),
         tokens.cache,
         around.device,
         around.device_name,

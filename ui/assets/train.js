@@ -101,6 +101,7 @@
       html(by("gate-head"), state.head_html);
       html(by("gate-lines"), state.lines_html);
       html(by("gate-fit"), state.fit_html);
+      html(formFit(), state.fit_html);
       html(by("gate-plan"), state.plan_html);
       for (const id of ["train-start", "bottom-start"]) by(id).disabled = !state.can_start;
       signalbox.say(by("train-start"), state.start_label);
@@ -112,6 +113,11 @@
         if (document.activeElement !== input && !input.dataset.typing) input.value = text;
         input.placeholder = hint;
       }
+    }
+
+    function formFit() {
+      if (!by("form-fit")) fieldOf("hyperparams.method").after(signalbox.el("div", { id: "form-fit" }));
+      return by("form-fit");
     }
 
     /** Put markup in place only when it changed, keeping open folds open and the keyboard where it was. */

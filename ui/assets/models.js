@@ -1,0 +1,77 @@
+// The Models page: the shelf of model folders, and the starter model.
+(() => {
+  "use strict";
+  const signalbox = (window.signalbox ??= {});
+
+  signalbox.modelsPage = (element, props) => {
+    const { el, Shelf } = signalbox;
+    const root = element.querySelector(".sb-shelf");
+    const places = [props.folder, ...props.roots];
+    root.append(
+      el("div", el("h1.sb-title", "Models"),
+        el("p.sb-help", "Model folders in ", places.map((place, at) => [at ? ", " : "", el("code", place)]).flat(),
+          ". Copy a folder there, or start Signalbox with --model-root and a folder of yours.")));
+    const shelf = new Shelf(root, {
+      kind: "models",
+      columns: ["Where", "Size"],
+      empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", or make the starter model above."),
+      more: () => [
+        el("h3", "Every weight"),
+        el("p.sb-help", "The check above reads headers only. This one reads all weights and looks for values that are not numbers; it takes as long as reading the files does."),
+        el("div.sb-row", shelf.action("Read every weight", "check", { deep: true })),
+      ],
+    });
+    root.firstChild.after(starter(shelf));
+    checkNew(shelf);
+  };
+
+  /** Headers are read in a moment, so models that were never looked at are checked without being asked. */
+  function checkNew(shelf) {
+    const asked = new Set();
+    const draw = shelf.draw.bind(shelf);
+    shelf.draw = (items) => {
+      draw(items);
+      for (const item of items) {
+        if (item.sign !== "not-run" || asked.has(item.id)) continue;
+        asked.add(item.id);
+        // a viewer may not start checks: the list then says "not checked", which is true
+        signalbox.send(`api/models/${encodeURIComponent(item.id)}/check`, {}).then(() => shelf.soon(), () => {});
+      }
+    };
+  }
+
+  function starter(shelf) {
+    const { el, button, say } = signalbox;
+    const said = el("span.sb-upload-said", { role: "status" });
+    const make = button("Make the starter model", async () => {
+      try {
+        await signalbox.send("api/models/starter", {});
+        watch(true);
+      } catch (error) {
+        fail(error.message);
+      }
+    });
+    const fail = (text) => {
+      said.className = "sb-upload-said sb-tone-bad";
+      say(said, text);
+    };
+
+    async function watch(wasAsked) {
+      const { state, error } = await signalbox.send("api/models/starter");
+      make.disabled = state === "running";
+      said.className = "sb-upload-said";
+      if (state === "running") {
+        say(said, "Making the starter model and its data.");
+        setTimeout(() => watch(true), 700);
+      } else if (wasAsked) {
+        if (state === "done") say(said, "Made: a starter model here, and sample data on the Data page.");
+        else fail(error ?? "It was not finished.");
+        shelf.soon();
+      }
+    }
+
+    watch(false);
+    return el("section.sb-panel.sb-upload", { "aria-label": "Starter model" },
+      el("div.sb-row", make, el("span.sb-help", "A very small model and sample conversations, written here in under a minute. Nothing is downloaded.")), said);
+  }
+})();
