@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 RESTART_CODE = 75
 RESTARTS = 5
 RESTARTS_WITHIN_S = 600.0
+BACK_OFF_S = 1.0
 LOG_BYTES = 10_000_000
 
 
@@ -176,7 +177,7 @@ def supervise(options: Options) -> int:
         if crashed:
             name, log = signal.Signals(-code).name, options.workspace / "crash.log"
             say(f"The server was ended by {name}; starting it again. What it was doing: {log}", sys.stderr)
-            stop.wait(min(2 ** (len(starts) - 1), 30))
+            stop.wait(min(BACK_OFF_S * 2 ** (len(starts) - 1), 30))
             if stop.is_set():
                 return 1
         browser = False

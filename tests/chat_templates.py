@@ -71,6 +71,7 @@ SPECIAL = (
     "<start_of_turn>", "<end_of_turn>",
 )  # fmt: skip
 _CORPUS = [
+    "<|a|> <|b|> <|c|> <|d|>",
     "system user assistant model",
     "the quick brown fox jumps over the lazy dog",
     "What is it? It is four.",
@@ -91,12 +92,8 @@ def byte_level(*, nfc: bool = False, special_flag: bool = True) -> Any:
     trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.add_tokens([AddedToken(name, special=special_flag, normalized=False) for name in SPECIAL])
-    tokenizer.add_tokens(
-        [AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")]
-    )
-    names = (
-        {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} if special_flag else {}
-    )
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")])
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} if special_flag else {}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
@@ -115,9 +112,7 @@ def sentence_piece() -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<s>", "</s>", "<unk>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def unigram() -> Any:
@@ -131,6 +126,4 @@ def unigram() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<s>", "</s>", "<unk>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

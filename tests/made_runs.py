@@ -1,4 +1,4 @@
-"""Runs written by the trainer's own writers without a model, for tests of what reads them: feed, live board, list of runs."""
+"""Runs written by the trainer's own writers, without a model, for tests of what reads them: feed, board, list."""
 
 from __future__ import annotations
 

@@ -88,7 +88,9 @@ def test_an_update_with_one_step_and_one_sample_is_half_a_kibibyte(client: TestC
     assert after["bytes"] <= UPDATE_BYTES
 
 
-def test_a_hundred_thousand_steps_open_thinned_with_spike_and_nan_and_update_as_small(client: TestClient, site: Site) -> None:
+def test_a_hundred_thousand_steps_open_thinned_with_spike_and_nan_and_update_as_small(
+    client: TestClient, site: Site
+) -> None:
     sizes, updates = {}, {}
     for steps in (10_000, LONG):
         made = MadeRun(site.workspace.runs).start(LONG)
@@ -151,7 +153,9 @@ def test_a_resume_and_a_rewind_raise_gen_and_replaced_points_come_anew(client: T
         before = after
 
 
-@pytest.mark.parametrize("since", ["", "x", "1-2", "-1-0-0", "999999-0-0", "0-0-99999999", "9" * 40, "1-1-1", "../..", "٣-0-0"])
+@pytest.mark.parametrize(
+    "since", ["", "x", "1-2", "-1-0-0", "999999-0-0", "0-0-99999999", "9" * 40, "1-1-1", "../..", "٣-0-0"]
+)
 def test_a_cursor_that_does_not_fit_gets_the_whole_history(client: TestClient, made: MadeRun, since: str) -> None:
     made.step()
     reply = client.get(f"/api/runs/{made.run_id}/feed", params={"gen": "1", "since": since, "h": "z" * 3000})

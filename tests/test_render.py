@@ -61,16 +61,14 @@ def decoded(ids: list[int], kind: str = "byte_level") -> str:
 
 texts = st.lists(
     st.one_of(
-        st.sampled_from(
-            [*LOOK_ALIKES, "🛑️", "👩‍👩‍👧", "e\u0301", "⏹️", " ", "\n", "\t", "\u00a0", "the ", "<think>"]
-        ),
+        st.sampled_from([*LOOK_ALIKES, "🛑️", "👩‍👩‍👧", "e\u0301", "⏹️", " ", "\n", "\t", "\u00a0", "the ", "<think>"]),
         st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=6),
     ),
     max_size=6,
 ).map("".join)
-conversations = st.tuples(
-    st.one_of(st.none(), texts), st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
-).map(lambda pair: talk(*[text for turns in pair[1] for text in turns], system=pair[0]))
+conversations = st.tuples(st.one_of(st.none(), texts), st.lists(st.tuples(texts, texts), min_size=1, max_size=3)).map(
+    lambda pair: talk(*[text for turns in pair[1] for text in turns], system=pair[0])
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -85,6 +83,9 @@ def test_labels_decode_to_the_answers_and_their_ends_and_nothing_else(messages: 
     ends = tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert row.ids.count(ends) == len(messages)
     assert [kind == "label" for kind in row.kinds] == row.labels
+    for segment in row.segments[1::2]:
+        plain = tokenizer()(segment.text, split_special_tokens=True)["input_ids"]
+        assert row.ids[segment.start : segment.stop] == plain
 
 
 @settings(max_examples=200, deadline=None)
@@ -127,9 +128,7 @@ def test_with_every_template_the_segments_join_to_its_own_rendering_or_the_row_i
         ("BRACKETS", "four", "four <|im_end|>", "[/INST] "),
     ],
 )
-def test_what_is_trained_and_what_stands_before_it(
-    name: str, answer: str, expected: str, context_before: str
-) -> None:
+def test_what_is_trained_and_what_stands_before_it(name: str, answer: str, expected: str, context_before: str) -> None:
     messages = talk("What is it?", answer)
     row = renderer(ALL_TEMPLATES[name]).render(messages)
     assert labelled(row) == expected
@@ -180,9 +179,7 @@ def test_a_dropped_system_message_is_told() -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )  # fmt: skip
-def test_a_template_that_does_not_keep_the_contents_is_refused_with_the_reason(
-    template: str, words: str
-) -> None:
+def test_a_template_that_does_not_keep_the_contents_is_refused_with_the_reason(template: str, words: str) -> None:
     with pytest.raises(Refusal, match=words):
         renderer(template).render(talk("Who are you then?", "me"))
 
@@ -252,9 +249,7 @@ def test_the_date_of_the_run_is_what_the_template_sees() -> None:
         renderer(template, date="yesterday")
 
 
-@pytest.mark.parametrize(
-    "bomb", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
-)
+@pytest.mark.parametrize("bomb", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"])
 def test_a_slow_template_ends_in_words(bomb: str) -> None:
     started = time.monotonic()
     with pytest.raises(Refusal, match="too slow: more than 2 s"):
@@ -266,9 +261,7 @@ def test_the_first_token_is_no_label_since_nothing_predicts_it() -> None:
     bare = "{%- for message in messages if message.role == 'assistant' -%}{{ message.content }}{%- endfor -%}"
     with pytest.raises(Refusal):
         renderer(bare).render(talk("q", "answer"))
-    row = renderer("{%- for message in messages -%}{{ message.content }}{%- endfor -%}").render(
-        talk("", "answer")
-    )
+    row = renderer("{%- for message in messages -%}{{ message.content }}{%- endfor -%}").render(talk("", "answer"))
     assert row.labels[0] is False and all(row.labels[1:])
 
 

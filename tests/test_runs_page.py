@@ -101,7 +101,9 @@ def test_a_run_in_training_is_not_deleted(client: TestClient, site: Site) -> Non
     made.close()
 
 
-def test_a_checkpoint_is_verified_byte_by_byte_and_an_incomplete_one_is_shown_as_such(client: TestClient, site: Site) -> None:
+def test_a_checkpoint_is_verified_byte_by_byte_and_an_incomplete_one_is_shown_as_such(
+    client: TestClient, site: Site
+) -> None:
     made = MadeRun(site.workspace.runs).start()
     made.step()
     made.checkpoint()
@@ -125,7 +127,10 @@ def test_settings_are_told_in_the_words_of_the_form_with_what_differs_from_the_d
 ) -> None:
     answer = client.get(f"/api/runs/{finished(site).run_id}/settings").json()
     entries = {entry["key"]: entry for group in answer["groups"].values() for entry in group}
-    assert entries["hyperparams.learning_rate"]["title"] == "Learning rate" and entries["hyperparams.learning_rate"]["value"] == 2e-4
+    assert (
+        entries["hyperparams.learning_rate"]["title"] == "Learning rate"
+        and entries["hyperparams.learning_rate"]["value"] == 2e-4
+    )
     assert entries["model_path"]["changed"] and not entries["hyperparams.learning_rate"]["changed"]
     assert entries["model_path"]["value"] == "/secret/place/tiny-qwen3" and answer["versions"] == {"torch": "2.13.0"}
 
@@ -149,7 +154,9 @@ def three(app: RunningApp) -> Iterator[list[MadeRun]]:
 
 
 @pytest.mark.browser
-def test_runs_are_found_filtered_opened_and_deleted_by_typing_the_name(page: Any, app: RunningApp, three: list[MadeRun]) -> None:
+def test_runs_are_found_filtered_opened_and_deleted_by_typing_the_name(
+    page: Any, app: RunningApp, three: list[MadeRun]
+) -> None:
     page.goto(f"{app.url}/runs")
     page.get_by_role("link", name="alpha <b>x</b>").wait_for()  # text, not markup
     page.get_by_label("Find a run").fill("beta")

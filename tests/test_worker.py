@@ -75,8 +75,19 @@ def test_the_doctor_answers_through_the_worker(worker: Worker, data: Path, model
     assert report["problems"][0]["line"] == 3
     measured = worker.call("check_data", path=str(data), model_path=str(model), max_length=32)
     assert measured["lengths"]["sampled"] == 2 and 0 < measured["label_share"] < 1
+    data.write_text("\n".join([chat("q", "a")] * 2500))
+    steps: list[tuple[int, int]] = []
+    worker.call("check_data", path=str(data), on_progress=lambda done, total: steps.append((done, total)))
+    assert steps and all(0 < done < total == data.stat().st_size for done, total in steps)
+    with pytest.raises(Refusal, match="no profile 'nobody'"):
+        worker.call("check_data", path=str(data), profile="nobody")
     with pytest.raises(Refusal, match="absent cannot be opened"):
         worker.call("check_data", path=str(data.parent / "absent"))
+
+
+def test_a_model_folder_is_judged_through_the_worker(worker: Worker, model: Path) -> None:
+    report = worker.call("check_model", path=str(model))
+    assert report["valid"] is False and report["problems"][0]["file"]
 
 
 def test_a_row_is_shown_as_it_will_be_trained(worker: Worker, data: Path, model: Path) -> None:
@@ -311,23 +322,57 @@ def test_the_ordinary_child_holds_no_torch_and_little_memory(worker: Worker, dat
         assert resident < 250 * 1024**2
 
 
-def test_the_children_end_with_the_process_that_started_them_and_not_with_its_thread(data: Path) -> None:
+def gone(pid: str, within_s: float) -> bool:
+    """Whether the process ends in time; one that nobody waits for stays as a zombie, which counts as ended."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if "zombie" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_child_outlives_the_thread_that_asked_it(worker: Worker, data: Path) -> None:
+    own = Worker()
+    try:
+        for _ in range(2):
+            thread = threading.Thread(target=own.call, args=("check_data",), kwargs={"path": str(data)})
+            thread.start()
+            thread.join(30)
+            time.sleep(0.3)
+            (pid,) = child_pids(own)
+        assert not gone(str(pid), 0.1)
+    finally:
+        own.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_children_end_with_the_process_that_started_them(busy: bool, data: Path, model: Path, tmp_path: Path) -> None:
+    slow = with_template(model, tmp_path / "slow", LOOP)
     code = (
         "import sys, threading, time; from trainer.worker import Worker\n"
-        "w = Worker(); t = threading.Thread(target=lambda: w.call('check_data', path=sys.argv[1])); t.start(); t.join()\n"
-        "time.sleep(0.5); assert w.call('check_data', path=sys.argv[1])['rows'] == 3\n"
-        "print(w._idle[0]._process.pid, len(w._idle), flush=True); time.sleep(60)"
+        "w = Worker(); w.call('check_data', path=sys.argv[1])\n"
+        "print(w._idle[0]._process.pid, flush=True)\n"
+        "args = dict(path=sys.argv[1], row=0, model_path=sys.argv[2], profile=None, system_prompt='', too_long='cut')\n"
+        "sys.argv[3] == 'True' and w.call('view_row', max_length=9, date='2025-11-22', **args)\n"
+        "time.sleep(60)"
     )
-    server = subprocess.Popen([sys.executable, "-c", code, str(data)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, str(data), str(slow), str(busy)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
-    pid, children = server.stdout.readline().split()
-    assert children == "1" and Path(f"/proc/{pid}").exists()
+    pid = server.stdout.readline().strip()
+    if busy:  # until it is in the template, which takes two seconds of processor time
+        cpu = Path(f"/proc/{pid}/stat")
+        before = int(cpu.read_text().split()[13])
+        while int(cpu.read_text().split()[13]) < before + 0.3 * os.sysconf("SC_CLK_TCK"):
+            time.sleep(0.02)
+    assert not gone(pid, 0.1)
     server.kill()
     server.wait()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert gone(pid, 0.5)
 
 
 def test_warming_makes_the_first_call_quick(data: Path, model: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,18 @@ class Operations:
 
         from trainer.data import doctor, tokens  # noqa: F401
 
-    def check_model(self, path: str, **options: Any) -> Any:
-        """The report on a model folder; `options` as in trainer.models.inspect."""
+    def check_model(self, path: str, deep: bool = False, model_roots: Sequence[str] = ()) -> dict[str, Any]:
+        """The report on a model folder."""
         from trainer.models.inspect import inspect_model
 
-        return _json(inspect_model(Path(path), **options))
+        return inspect_model(Path(path), deep=deep, model_roots=[Path(root) for root in model_roots])
 
     def check_data(self, path: str, model_path: str | None = None, **options: Any) -> dict[str, Any]:
         """The doctor's report; with a model, lengths in its tokens. `options` as in trainer.data.doctor."""
         from trainer.data.doctor import check_data
 
         tokenizer = self._load_tokenizer(model_path) if model_path else None
-        return check_data(path, tokenizer=tokenizer, **options)
+        return check_data(path, tokenizer=tokenizer, progress=self._progress, **options)
 
     def view_row(
         self,

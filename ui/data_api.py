@@ -135,7 +135,8 @@ def _check_upload(site: Site, name: str, size: int) -> None:
     free = shutil.disk_usage(site.workspace.root).free
     if free < 2 * size + SPARE_BYTES:  # the upload and its stored copy lie side by side for a moment
         raise Refusal(
-            f"Storing {disk(size)} needs {disk(2 * size + SPARE_BYTES)} of free disk for a moment; {disk(free)} is free. "
+            f"Storing {disk(size)} needs {disk(2 * size + SPARE_BYTES)} of free disk for a moment; {disk(free)} is "
+            "free. "
             "Nothing was stored. Free some, or put the file into a folder and name that with --data-root."
         )
 
@@ -179,7 +180,10 @@ def routes(site: Site) -> list[Route]:
 
     async def row(request: Request) -> Response:
         item = await run_in_threadpool(shelf.item, request.path_params["id"])
-        return json_reply(await run_in_threadpool(row_of, site, item, dict(request.query_params)))
+        try:
+            return json_reply(await run_in_threadpool(row_of, site, item, dict(request.query_params)))
+        except Refusal as refusal:  # a model that cannot show it is an answer here, not a failed request
+            return json_reply({"problem": refusal.message, "rows": None})
 
     async def choices(request: Request) -> Response:
         models = [path.name for path in site.workspace.models()]

@@ -20,10 +20,11 @@ from trainer.files import child, read_json
 from trainer.jobs import JobHandle
 from trainer.refusal import Refusal
 from trainer.run import status
+from ui import numbers
 from ui.checks import Check, check, stamp
 from ui.derived import Plan, plan_of
 from ui.drafts import Draft
-from ui.fit import memory_fact
+from ui.fit import Sizes, memory_fact, trained_weights
 from ui.form_state import FormState, judged_values
 from ui.gate_facts import DataFact, DiskFact, Facts, ModelFact, SmokeFact
 from ui.site import Site
@@ -93,16 +94,38 @@ def _model_fact(config: Config, report: Check | None) -> ModelFact | None:
     if report.state == "failed":
         return ModelFact("ready", name, fault=report.error)
     found = report.result
-    problems = tuple((_told(entry), str(entry.get("fix") or "")) for entry in found["problems"])
-    warnings = tuple(f"{_told(entry)} {entry.get('fix') or ''}".strip() for entry in found["warnings"])
-    summary = str(found.get("summary") or f"{name}, {found['kind']}").rstrip(".")
-    adapter = found["kind"] in ("adapter", "lora")
-    return ModelFact("ready", name, bool(found["valid"]), summary, problems, warnings, adapter)
+    problems = tuple((_told(entry), entry["fix"]) for entry in found["problems"])
+    warnings = tuple(f"{_told(entry)} {entry['fix']}" for entry in found["warnings"])
+    facts = found["facts"]
+    adapter = found["kind"] == "lora"
+    summary = _summary(name, facts, adapter)
+    return ModelFact(
+        "ready",
+        name,
+        bool(found["valid"]),
+        summary,
+        problems,
+        warnings,
+        adapter,
+        max_positions=facts.get("max_positions"),
+    )
 
 
 def _told(entry: dict[str, Any]) -> str:
-    message = str(entry["message"])
-    return f"{entry['file']}: {message}" if entry.get("file") and entry["file"] not in message else message
+    """A finding as a sentence that names its file."""
+    message = entry["message"]
+    told = f"{entry['file']}: {message}" if entry["file"] and entry["file"] not in message else message
+    return f"{told[:1].upper()}{told[1:]}."
+
+
+def _summary(name: str, facts: dict[str, Any], adapter: bool) -> str:
+    """ "tiny, qwen3, 98,688 weights, 397 kB" from what is known."""
+    parts = [name, "LoRA adapter" if adapter else str(facts.get("model_type") or "")]
+    if facts.get("parameters"):
+        parts.append(f"{numbers.count(facts['parameters'])} weights")
+    if facts.get("size_bytes"):
+        parts.append(numbers.disk(facts["size_bytes"]))
+    return ", ".join(part for part in parts if part)
 
 
 def data_fact(site: Site, config: Config) -> DataFact | None:
@@ -231,14 +254,9 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
 
 
 def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | None:
-    """Bytes of one checkpoint: weights as trained, and two optimiser states and a master copy of what is trained."""
-    weights = (report or {}).get("parameters")
-    if not weights:
-        return None
-    if config.hyperparams.method == "full":
-        return weights * (4.0 if config.hyperparams.master_weights == "fp32" else 2.0) * 3
-    # adapters are small beside everything else: about 2 % of the weights at rank 16
-    return weights * 0.02 * config.lora.r / 16 * 4 * 3
+    """Bytes of one checkpoint: what is trained in fp32, with its two optimiser states; None where sizes are unknown."""
+    sizes = Sizes.of(report["facts"]) if report else None
+    return trained_weights(sizes, config) * 12.0 if sizes else None
 
 
 def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Any, ...]]:

@@ -42,7 +42,7 @@ def header(site: Site, current: str) -> None:
     visible.
     """
     links = "".join(
-        f'<a href="{href}"{" aria-current=page" if title == current else ""}>{html.escape(title)}</a>'
+        f'<a href="{href}" data-word="{title}"{" aria-current=page" if title == current else ""}>{title}</a>'
         for title, href in PAGES
     )
     gr.HTML(

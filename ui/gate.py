@@ -76,13 +76,20 @@ def _model(config: Config, facts: Facts) -> list[GateLine]:
     if fact.fault:
         return [GateLine("model", "warning", f"The model could not be checked. {fact.fault}", (), key)]
     if not fact.valid:
-        first, fix = fact.problems[0] if fact.problems else ("it is not a model folder.", "")
+        first, fix = fact.problems[0] if fact.problems else ("It is not a model folder.", "")
         text = f"Cannot train this folder: {first[:1].lower() + first[1:]} {fix}".strip()
         more = tuple(f"{sentence} {cure}".strip() for sentence, cure in fact.problems[1:])
         link = Action("See the report", "link", href="models")
         return [GateLine("model", "problem", text, (link,), key, True, more)]
     lines = [GateLine("model", "pass", f"Model: {fact.summary}.", (), key)]
     lines += [GateLine("model-note", "warning", warning, (), key) for warning in fact.warnings]
+    longest = facts.data.longest if facts.data is not None else None
+    length = min(longest or config.hyperparams.max_length, config.hyperparams.max_length)
+    if fact.max_positions and length > fact.max_positions:
+        limit = str(fact.max_positions)
+        use = Action(f"Maximum length {limit}", "set", values={"hyperparams.max_length": limit})
+        text = f"Rows may have {length:,} tokens; the model was made for at most {fact.max_positions:,}."
+        lines.append(GateLine("positions", "warning", text, (use,), (*key, "hyperparams.max_length")))
     if fact.is_adapter and config.hyperparams.method == "full":
         text = f"{fact.name} is a LoRA adapter: it is trained on with LoRA, not full."
         use = Action("LoRA", "set", values={"hyperparams.method": "lora"})
@@ -185,8 +192,8 @@ def _memory(facts: Facts) -> list[GateLine]:
     need, free = numbers.memory(fact.needs_gib), numbers.memory(fact.free_gib)
     keys = tuple({key for offer in fact.offers for key in offer.values})
     if fact.needs_gib <= fact.free_gib:
-        text = f"Fits: about {need} of {free} free (±{fact.spread:.0%})."
-        return [GateLine("memory", "pass", text.replace("%)", " %)"), (), keys)]
+        text = f"Fits: about {need} (±{fact.spread * 100:.0f} %) of {free} free."
+        return [GateLine("memory", "pass", text, (), keys)]
     actions = tuple(Action(_saving(offer), "set", values=offer.values) for offer in fact.offers)
     if fact.weights_gib > fact.total_gib:
         whole = numbers.memory(fact.total_gib)

@@ -49,6 +49,7 @@ class ModelFact:
     warnings: tuple[str, ...] = ()
     is_adapter: bool = False
     fault: str = ""
+    max_positions: int | None = None
 
 
 @dataclass(frozen=True)

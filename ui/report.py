@@ -1,7 +1,7 @@
 """Reports for people: what the doctor found in a file, what the inspector found in a model folder.
 
-Pure functions from the worker's JSON to one small shape that `assets/shelf.js` draws for both pages:
-`{"status", "word", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "more"}], "bars"}`.
+Pure functions from the worker's JSON to one small shape that `assets/shelf.js` draws for both pages: {"status",
+"word", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "more"}], "bars"}.
 """
 
 from __future__ import annotations
@@ -9,9 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.data.conversation import PROBLEM_NAMES
+from trainer.models.inspect import sentence
 from ui.numbers import count, disk, percent
 
 LINES_SHOWN = 20
+
+KINDS = {
+    "full": "a whole model",
+    "lora": "a LoRA adapter",
+    "gguf": "a GGUF file",
+    "diffusers": "an image model",
+    "checkpoint": "a training checkpoint",
+    "lfs": "pointers to files that were not downloaded",
+    "nothing": "no model",
+}
 
 # what to do about each kind of problem; the message of a row says what is wrong with it
 FIXES = {
@@ -22,7 +33,7 @@ FIXES = {
     "order": "After an optional system message, user and assistant take turns.",
     "wrong_type": "The role and the content of a message are texts in double quotes.",
     "no_messages": 'Each line needs "messages": a list of {"role": …, "content": …}.',
-    "not_trained": "Tool calls, images and separate thinking are not trained. Move them into the content, or remove them.",
+    "not_trained": "Tool calls, images and separate thinking are not trained. Move them into the content or remove them.",
     "characters": "Remove control characters and broken halves of characters.",
     "not_utf8": "Save the file as UTF-8.",
     "line_too_long": "A line may have 8 MiB at most. Split the conversation.",
@@ -61,21 +72,18 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_view(report: dict[str, Any]) -> dict[str, Any]:
-    """The inspector's report on a model folder (trainer.models.inspect) for a person."""
+    """The inspector's report on a model folder (trainer.models.inspect.inspect_model) for a person."""
     groups = [_finding("problem", found) for found in report["problems"]]
     groups += [_finding("warning", found) for found in report["warnings"]]
-    kind = {"full": "a whole model", "adapter": "a LoRA adapter", "lora": "a LoRA adapter"}.get(
-        report["kind"], report["kind"]
-    )
-    if report["valid"]:
-        headline = f"Can be trained: {kind}."
-    else:
-        number = len(report["problems"])
-        headline = f"Cannot be trained yet: {count(number)} {'problem' if number == 1 else 'problems'}."
-    status = "problem" if not report["valid"] else "warning" if groups else "pass"
-    word = "good" if status == "pass" else "can be trained" if report["valid"] else "cannot be trained"
-    facts = _model_facts(report)
-    return {"status": status, "word": word, "headline": headline, "facts": facts, "groups": groups, "bars": None}
+    status = "problem" if not report["valid"] else "warning" if report["warnings"] else "pass"
+    return {
+        "status": status,
+        "word": {"problem": "cannot be trained", "warning": "can be trained", "pass": "good"}[status],
+        "headline": sentence(report),
+        "facts": _model_facts(report),
+        "groups": groups,
+        "bars": None,
+    }
 
 
 def _format(report: dict[str, Any]) -> str:
@@ -94,17 +102,14 @@ def _lengths(report: dict[str, Any]) -> list[list[str]]:
     lengths = report.get("lengths")
     if not lengths:
         return []
-    text = f"half up to {count(lengths['median'])} tokens, 95 % up to {count(lengths['p95'])}, longest {count(lengths['longest'])}"
-    facts = [["Length", f"{text} (of {count(lengths['sampled'])} sampled)"]]
+    median, p95, longest = (count(lengths[key]) for key in ("median", "p95", "longest"))
+    sampled = count(lengths["sampled"])
+    text = f"half up to {median} tokens, 95 % up to {p95}, longest {longest} ({sampled} rows sampled)"
+    facts = [["Length", text]]
     if lengths["over"] is not None:
-        over, limit = lengths["over"], count(lengths["max_length"])
-        share = percent(over, lengths["sampled"])
-        facts.append(
-            [
-                "Too long",
-                f"{share} of the sampled rows are over {limit} tokens" if over else f"none over {limit} tokens",
-            ]
-        )
+        limit = f"{count(lengths['max_length'])} tokens"
+        share = percent(lengths["over"], lengths["sampled"])
+        facts.append(["Too long", f"{share} are over {limit}" if lengths["over"] else f"none over {limit}"])
     facts.append(["Answer tokens", f"{percent(report['label_share'])} of all tokens are trained"])
     return facts
 
@@ -127,9 +132,32 @@ def _group(status: str, title: str, fix: str, lines: list[str], number: int) -> 
 
 
 def _finding(status: str, found: dict[str, Any]) -> dict[str, Any]:
-    title = f"{found['file']}: {found['message']}" if found.get("file") else found["message"]
-    return _group(status, title, found.get("fix") or "", [], 0)
+    text = f"{found['file']}: {found['message']}" if found["file"] else found["message"]
+    return _group(status, text[:1].upper() + text[1:] if not found["file"] else text, found["fix"], [], 0)
 
 
 def _model_facts(report: dict[str, Any]) -> list[list[str]]:
-    return []
+    facts = report["facts"]
+    pairs = [["Kind", KINDS.get(report["kind"], report["kind"])]]
+    names = facts.get("architectures") or []
+    if names:
+        pairs.append(["Architecture", ", ".join(names)])
+    if facts.get("lora_rank"):
+        base = facts.get("base_model") or "not named"
+        pairs.append(["LoRA", f"rank {count(facts['lora_rank'])}, made for {base}"])
+    if facts.get("parameters"):
+        types = ", ".join(facts.get("dtypes") or [])
+        pairs.append(["Parameters", f"{count(facts['parameters'])} ({types})" if types else count(facts["parameters"])])
+    if facts.get("size_bytes"):
+        files = facts.get("shards") or 1
+        pairs.append(["Weights", f"{disk(facts['size_bytes'])} in {count(files)} {'file' if files == 1 else 'files'}"])
+    if facts.get("layers") and facts.get("hidden_size"):
+        pairs.append(["Size", f"{count(facts['layers'])} layers, {count(facts['hidden_size'])} wide"])
+    for name, key in (("Longest row", "max_positions"), ("Vocabulary", "tokens")):
+        if facts.get(key):
+            pairs.append([name, f"{count(facts[key])} tokens"])
+    if "has_chat_template" in facts:
+        pairs.append(["Chat template", "yes" if facts["has_chat_template"] else "none: plain ChatML would be used"])
+    if facts.get("eos_token"):
+        pairs.append(["End of an answer", str(facts["eos_token"])])
+    return pairs

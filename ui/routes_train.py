@@ -32,6 +32,7 @@ def routes(site: Site) -> list[Route]:
         "row": ("see_rows", lambda caller, query: train_row.row_of(site, caller, query)),
     }
     writes = {
+        "fields": ("save_config", lambda caller, body: train_do.typed(site, caller, body)),
         "note": ("save_config", lambda caller, body: train_do.note(site, caller, body)),
         "save": ("save_config", lambda caller, body: train_do.save(site, caller, body)),
         "restore": ("save_config", lambda caller, body: train_do.restore(site, caller, body)),
@@ -42,7 +43,7 @@ def routes(site: Site) -> list[Route]:
     }
     return [
         *(Route(f"/api/train/{n}", guarded(action, _get(work))) for n, (action, work) in reads.items()),
-        *(Route(f"/api/train/{n}", guarded(a, _post(w)), methods=["POST"]) for n, (a, w) in writes.items()),
+        *(Route(f"/api/train/{n}", guarded(a, _post(site, w)), methods=["POST"]) for n, (a, w) in writes.items()),
     ]
 
 
@@ -57,7 +58,7 @@ def _get(work: Work) -> Callable[[Request], Any]:
     return endpoint
 
 
-def _post(work: Work) -> Callable[[Request], Any]:
+def _post(site: Site, work: Work) -> Callable[[Request], Any]:
     async def endpoint(request: Request) -> Response:
         body = await request.body()
         if len(body) > _BODY_BYTES:
@@ -68,6 +69,9 @@ def _post(work: Work) -> Callable[[Request], Any]:
             raise Refusal("The page sent something that is not JSON. Reload it.") from None
         if not isinstance(sent, dict):
             raise Refusal("The page sent something that is not understood. Reload it.")
-        return json_reply(await run_in_threadpool(work, caller_of(request), sent))
+        caller = caller_of(request)
+        answer = await run_in_threadpool(work, caller, sent)
+        # the page must tell its own changes of the draft from those of another tab
+        return json_reply(answer | {"revision": site.drafts.read(caller.session).revision})
 
     return endpoint

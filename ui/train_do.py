@@ -18,9 +18,20 @@ from ui.form_state import FormState, form_state, problem_list, saved_names
 from ui.gate import blocking, gate_lines
 from ui.guard import Caller
 from ui.site import Site
+from ui.train_actions import act_of, apply
 
 _NAME_CHARACTERS = 120
 _WHY_CHARACTERS = 400
+
+
+def typed(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:
+    """Take texts typed into fields into the draft, usable or not."""
+    values = body.get("values")
+    if not isinstance(values, dict):
+        raise Refusal("The page sent something that is not understood. Reload it.")
+    act = act_of({"act": "set", "values": values})
+    site.drafts.change(caller.session, lambda draft: apply(site, draft, act))
+    return {}
 
 
 def note(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ worker; imports no torch.
 from __future__ import annotations
 
 import heapq
+import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -40,21 +42,25 @@ def check_data(
     date: str = "1970-01-01",
     max_length: int | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Examine a chat file; the result is what `check-data --json` prints.
 
     "valid" is False when any row has a problem or none is usable; "problems" lists the first 200 of them, "counts"
     has all by code. With a tokenizer, "lengths" (tokens) and "label_share" come from at most 2,000 rows, shaped and
     rendered as training would. `date` is YYYY-MM-DD. Raises Refusal when the file cannot be read, or the profile or
-    template not be used.
+    template not be used. `progress(bytes read, bytes of the file)`.
     """
+    shaper = Shaper(profile, profiles_root, system_prompt, date)
     tally = Tally()
     checkup = _Checkup(seed, wants_sample=tokenizer is not None)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     for row in read_rows(path, tally=tally):
         checkup.take(row)
+        if progress is not None and checkup.rows % 1000 == 0:
+            progress(tally.bytes, max(tally.bytes, size))
     result = checkup.result() | {"bytes": tally.bytes, "sha256": tally.hexdigest()}
     if tokenizer is not None and checkup.usable:
-        shaper = Shaper(profile, profiles_root, system_prompt, date)
         template, note = template_for(tokenizer, shaper.profile)
         measured = _measure(checkup.sample(), shaper, Renderer(tokenizer, template, date), max_length)
         result["warnings"] += measured.pop("warnings")

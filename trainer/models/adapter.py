@@ -36,8 +36,10 @@ def check_adapter(folder: ModelFolder, findings: Findings) -> tuple[dict[str, An
     if type(rank) is not int or not 0 < rank <= 2**16:
         message = f"{CONFIG} gives r the value {str(rank)[:40]}; a whole number from 1 is needed"
         findings.problem("config_bad_value", CONFIG, message, f"Download {CONFIG} again.")
-    if config.get("auto_mapping"):
-        message = f"{CONFIG} names a class of its own (auto_mapping)"
+    mapping = config.get("auto_mapping")
+    library = str(mapping.get("parent_library")) if isinstance(mapping, dict) else "transformers"
+    if library.split(".")[0] != "transformers":
+        message = f"{CONFIG} names code of its own (auto_mapping: {library[:80]})"
         findings.warn("auto_map", CONFIG, message, "That code is never run.")
     facts = findings.facts
     facts["lora_rank"], facts["base_model"] = rank, config.get("base_model_name_or_path")
@@ -61,33 +63,33 @@ def _find(folder: ModelFolder, findings: Findings) -> Weights | None:
     return None
 
 
-def find_base(name: Any, folder: Path, model_roots: Sequence[Path], findings: Findings) -> Path | None:
-    """The folder of the base model that an adapter names, looked for as a path and by its name in the model roots."""
-    if not isinstance(name, str) or not name:
-        message = f"{CONFIG} does not name the base model"
-        findings.problem(
-            "base_not_found", CONFIG, message, "Set base_model_name_or_path to the folder of the base model."
-        )
-        return None
+def base_path(name: str, folder: Path, model_roots: Sequence[Path]) -> Path | None:
+    """Where the base that the adapter in `folder` names lies: as a path, beside the adapter, or in a model root."""
     last = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    path = Path(name)
-    places = [path if path.is_absolute() else folder / path]
-    for root in model_roots:
-        places += [
-            root / part for part in (name, last, name.replace("/", "--"), name.replace("/", "_")) if not _leaves(part)
-        ]
-    found = next((place for place in places if (place / "config.json").is_file()), None)
+    places = [Path(name) if Path(name).is_absolute() else folder.parent / name]
+    names = [part for part in (name, last, name.replace("/", "--"), name.replace("/", "_")) if not _leaves(part)]
+    places += [root / part for root in model_roots for part in names]
+    return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
+
+
+def check_base(name: Any, folder: Path, model_roots: Sequence[Path], findings: Findings) -> Path | None:
+    """The folder of the base model, or None with what is wrong noted."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        message = f"{CONFIG} does not name the base model"
+        findings.problem("base_not_found", CONFIG, message, "Set base_model_name_or_path to the base model's folder.")
+        return None
+    found = base_path(name, folder, model_roots)
     if found is not None:
-        if model_roots and not any(found.resolve().is_relative_to(root.resolve()) for root in model_roots):
+        if model_roots and not any(found.is_relative_to(root.resolve()) for root in model_roots):
             message = f"the base model lies outside the model folders ({name[:160]})"
             findings.warn("base_outside_roots", CONFIG, message, "Check that it is the base you mean.")
-        return found.resolve()
+        return found
     message = f"the base model {name[:160]} is not here"
     if _HUB_NAME.fullmatch(name) and name not in (".", ".."):
         findings.warn("base_not_found", CONFIG, message, "Download it into a model folder under that name.")
     else:
         findings.problem(
-            "base_not_found", CONFIG, message, f"Put it there, or set base_model_name_or_path in {CONFIG}."
+            "base_not_found", CONFIG, message, f"Put it there, or change base_model_name_or_path in {CONFIG}."
         )
     return None
 

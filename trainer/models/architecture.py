@@ -41,6 +41,7 @@ LLAMA_LIKE = frozenset("llama mistral qwen2 qwen3 gemma gemma2 granite".split())
 OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)")
+DAMAGE = ("missing_shard", "tensor_not_in_shard")
 # constants that old releases saved beside the weights
 _BUFFER = re.compile(r".*(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 
@@ -168,7 +169,7 @@ def check_tensors(config: Config, weights: Weights, findings: Findings) -> None:
     facts["embedding_rows"] = embedding_rows(tensors)
     has_output = any(name.endswith(OUTPUT_LAYERS) for name in tensors)
     facts["tied"] = config.get("tie_word_embeddings") if "tie_word_embeddings" in config else not has_output
-    damaged = len(weights.headers) < len(weights.files) or any("shard" in item["code"] for item in findings.problems)
+    damaged = len(weights.headers) < len(weights.files) or any(item["code"] in DAMAGE for item in findings.problems)
     if config.get("model_type") not in UNIFORM_TYPES or damaged or not tensors:
         return  # other types may differ from block to block; what lies in a broken shard is already a problem
     if facts["embedding_rows"] is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.models.adapter import CONFIG as ADAPTER_CONFIG
-from trainer.models.adapter import check_adapter, check_fit, find_base
+from trainer.models.adapter import check_adapter, check_base, check_fit
 from trainer.models.architecture import check_config, check_tensors
 from trainer.models.deep import check_numbers
 from trainer.models.findings import Findings
@@ -115,7 +115,7 @@ def _inspect_adapter(folder: ModelFolder, deep: bool, roots: Sequence[Path], fin
         check_numbers(folder.path, weights, findings)
     if config is None:
         return
-    base = find_base(config.get("base_model_name_or_path"), folder.path, roots, findings)
+    base = check_base(config.get("base_model_name_or_path"), folder.path, roots, findings)
     findings.facts["base_path"] = str(base) if base else None
     if base is None:
         return

@@ -194,11 +194,13 @@ def _compare(findings: Findings, index: str, places: dict[str, str], weights: We
     if twice:
         message = f"tensor {listed(twice, 1)} lies in two shards ({', '.join(holders[twice[0]])})"
         findings.problem("tensor_in_two_shards", holders[twice[0]][1], message, "Download the folder again.")
-    for file in weights.headers:
-        absent = [tensor for tensor, place in places.items() if place == file and file not in holders.get(tensor, [])]
-        if absent:
-            message = f"{file} does not hold {listed(absent, 1)}, which the index places there"
-            findings.problem("tensor_not_in_shard", file, message, f"Download {file} and {index} again.")
+    absent_from: dict[str, list[str]] = {}
+    for tensor, file in places.items():
+        if file in weights.headers and file not in holders.get(tensor, ()):
+            absent_from.setdefault(file, []).append(tensor)
+    for file, absent in absent_from.items():
+        message = f"{file} does not hold {listed(absent, 1)}, which the index places there"
+        findings.problem("tensor_not_in_shard", file, message, f"Download {file} and {index} again.")
     unnamed = [tensor for tensor in holders if tensor not in places]
     if unnamed:
         message = f"the shards hold {len(unnamed):,} tensors that {index} does not name, first {unnamed[0][:120]}"

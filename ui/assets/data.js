@@ -13,9 +13,11 @@
         el("p.sb-help", `Conversations to learn from, as JSON Lines: one {"messages": […]} a line.${places}`)));
     const shelf = new Shelf(root, {
       kind: "data",
-      columns: ["Rows", "Size"],
-      empty: () => el("p", "No data yet. Add a file above, or take the sample data that comes with the ",
-        el("a", { href: "models" }, "starter model"), "."),
+      columns: ["#Rows", "#Size"],
+      empty: () => el("div.sb-stack",
+        el("p", "No data yet. Add a file above, or take the sample data that comes with the ", el("a", { href: "models" }, "starter model"), "."),
+        el("p.sb-help", "Each line of the file is one conversation:"),
+        el("code.sb-example", '{"messages": [{"role": "user", "content": "What is 2 plus 2?"}, {"role": "assistant", "content": "4."}]}')),
       more: (item) => rowView(item, choices),
     });
     root.firstChild.after(upload(props.limits, shelf));
@@ -24,14 +26,16 @@
   /** The form for a file: says the limit first, shows how far it is, can be stopped. */
   function upload(limits, shelf) {
     const { el, button, say, numbers } = signalbox;
-    const said = el("span.sb-upload-said", { role: "status" });
+    const hint = `or drop it here. Up to ${limits.text}, ${limits.suffixes.join(" ")}. It stays on this machine and is checked at once.`;
+    const said = el("span.sb-help.sb-upload-said", { role: "status" }, hint);
     const bar = el("div.sb-bar", { role: "progressbar", "aria-label": "Upload" }, el("i"));
     const input = el("input.sb-hidden", { type: "file", id: "sb-upload", accept: limits.suffixes.join(","), onchange: () => send(input.files[0]) });
     const choose = button("Add a file…", () => input.click(), "primary");
     let going = null;
     const stop = button("Stop", () => going?.abort());
     const idle = () => {
-      bar.hidden = stop.hidden = true;
+      bar.classList.add("sb-idle");
+      stop.hidden = true;
       choose.disabled = false;
       input.value = "";
       going = null;
@@ -50,7 +54,8 @@
       }
       const request = (going = new XMLHttpRequest());
       said.className = "sb-upload-said";
-      bar.hidden = stop.hidden = false;
+      bar.classList.remove("sb-idle");
+      stop.hidden = false;
       choose.disabled = true;
       request.upload.onprogress = (event) => {
         bar.firstChild.style.width = `${(event.loaded / file.size) * 100}%`;
@@ -78,9 +83,7 @@
 
     idle();
     const zone = el("section.sb-panel.sb-upload", { "aria-label": "Add data" },
-      el("div.sb-row", choose, input, stop,
-        el("span.sb-help", `or drop it here. Up to ${limits.text}, ${limits.suffixes.join(" ")}. It stays on this machine and is checked at once.`)),
-      bar, said);
+      el("div.sb-row", choose, input, said, stop), bar);
     zone.addEventListener("dragover", (event) => event.preventDefault());
     zone.addEventListener("drop", (event) => {
       event.preventDefault();
@@ -123,7 +126,7 @@
       try {
         const answer = await send(`api/data/${encodeURIComponent(item.id)}/row?${query}`);
         if (mine !== asked) return;
-        say(of, `of ${numbers.count(answer.rows)}, line ${numbers.count(answer.line)}`);
+        say(of, answer.rows ? `of ${numbers.count(answer.rows)}, line ${numbers.count(answer.line)}` : "");
         body.replaceChildren(...rowBody(answer));
       } catch (error) {
         if (mine === asked) body.replaceChildren(signalbox.note("problem", error.message));

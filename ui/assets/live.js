@@ -35,7 +35,7 @@
       this.runId = runId;
       this.cursor = this.mark = "";
       this.build();
-      history.replaceState(null, "", `?run=${encodeURIComponent(runId)}`);
+      history.replaceState(null, "", `${location.pathname}?run=${encodeURIComponent(runId)}`); // the page has a <base>
       this.poller = new signalbox.Poller(this.root, {
         address: () => `${this.base}/feed?gen=${this.model.fast.gen ?? ""}&since=${this.cursor}&h=${this.mark}`,
         onAnswer: (answer) => this.onAnswer(answer),

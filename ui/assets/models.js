@@ -13,7 +13,8 @@
           ". Copy a folder there, or start Signalbox with --model-root and a folder of yours.")));
     const shelf = new Shelf(root, {
       kind: "models",
-      columns: ["Where", "Size"],
+      columns: ["Where", "#Size"],
+      onItems: checkNew(() => shelf.soon()),
       empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", or make the starter model above."),
       more: () => [
         el("h3", "Every weight"),
@@ -22,27 +23,25 @@
       ],
     });
     root.firstChild.after(starter(shelf));
-    checkNew(shelf);
   };
 
   /** Headers are read in a moment, so models that were never looked at are checked without being asked. */
-  function checkNew(shelf) {
+  function checkNew(look) {
     const asked = new Set();
-    const draw = shelf.draw.bind(shelf);
-    shelf.draw = (items) => {
-      draw(items);
+    return (items) => {
       for (const item of items) {
         if (item.sign !== "not-run" || asked.has(item.id)) continue;
         asked.add(item.id);
         // a viewer may not start checks: the list then says "not checked", which is true
-        signalbox.send(`api/models/${encodeURIComponent(item.id)}/check`, {}).then(() => shelf.soon(), () => {});
+        signalbox.send(`api/models/${encodeURIComponent(item.id)}/check`, {}).then(look, () => {});
       }
     };
   }
 
   function starter(shelf) {
     const { el, button, say } = signalbox;
-    const said = el("span.sb-upload-said", { role: "status" });
+    const hint = "A very small model and sample conversations, written here in under a minute. Nothing is downloaded.";
+    const said = el("span.sb-help.sb-upload-said", { role: "status" }, hint);
     const make = button("Make the starter model", async () => {
       try {
         await signalbox.send("api/models/starter", {});
@@ -59,7 +58,7 @@
     async function watch(wasAsked) {
       const { state, error } = await signalbox.send("api/models/starter");
       make.disabled = state === "running";
-      said.className = "sb-upload-said";
+      if (wasAsked || state === "running") said.className = "sb-upload-said";
       if (state === "running") {
         say(said, "Making the starter model and its data.");
         setTimeout(() => watch(true), 700);
@@ -72,6 +71,6 @@
 
     watch(false);
     return el("section.sb-panel.sb-upload", { "aria-label": "Starter model" },
-      el("div.sb-row", make, el("span.sb-help", "A very small model and sample conversations, written here in under a minute. Nothing is downloaded.")), said);
+      el("div.sb-row", make, said));
   }
 })();

@@ -21,17 +21,19 @@
 
   class Shelf {
     /**
-     * `kind` names the addresses (`api/KIND`); `columns` are the headings after the name; `empty()` and `more(item)`
-     * give nodes: what stands there without items, and what comes below a report.
+     * `kind` names the addresses (`api/KIND`); `columns` are the headings after the name, "#" in front for figures; `empty()` and `more(item)`
+     * give nodes: what stands there without items, and what comes below a report. `onItems(items)` hears of each list.
      */
-    constructor(root, { kind, columns, empty, more }) {
+    constructor(root, { kind, columns, empty, more, onItems = () => {} }) {
       const { el } = signalbox;
-      Object.assign(this, { root, kind, empty, more });
+      Object.assign(this, { root, kind, empty, more, onItems });
       this.items = [];
       this.rows = new Map();
       this.chosen = decodeURIComponent(location.hash.slice(1));
       this.body = el("tbody");
-      const heads = ["Name", ...columns, "State"].map((text, at) => el(at && at <= columns.length ? "th.sb-right" : "th", { scope: "col" }, text));
+      this.isFigure = columns.map((text) => text.startsWith("#"));
+      const heads = ["Name", ...columns, "State"].map((text) =>
+        el(text.startsWith("#") ? "th.sb-right" : "th", { scope: "col" }, text.replace("#", "")));
       this.table = el("table.sb-table.sb-shelf-table", el("thead", el("tr", heads)), this.body);
       this.list = el("section.sb-panel.sb-shelf-list", { "aria-label": "List" }, this.table);
       this.report = el("section.sb-panel.sb-shelf-report", { "aria-label": "Report", "aria-live": "polite" });
@@ -48,7 +50,9 @@
       if (!this.root.isConnected) return;
       if (document.visibilityState === "visible") {
         try {
-          this.draw((await signalbox.send(`api/${this.kind}`)).items);
+          const { items } = await signalbox.send(`api/${this.kind}`);
+          this.draw(items);
+          this.onItems(items);
         } catch (error) {
           if (!this.items.length) this.list.replaceChildren(note("warning", error.message));
         }
@@ -96,7 +100,7 @@
       const current = item.id === this.chosen;
       const name = el("button.sb-link", { type: "button", onclick: () => this.choose(item.id) }, item.name);
       name.setAttribute("aria-pressed", String(current));
-      const cells = item.cells.map((text) => el("td.sb-right", text));
+      const cells = item.cells.map((text, at) => el(this.isFigure[at] ? "td.sb-right" : "td", text));
       const node = el(`tr${current ? ".sb-current" : ""}`, el("td", name), cells, el("td", chip(item.sign, item.word)));
       if (before?.node.contains(document.activeElement)) requestAnimationFrame(() => name.focus());
       return node;
@@ -134,7 +138,7 @@
       if (answer.state === "not-run") return [...top, el("p", "Not checked yet, or changed since."), el("div.sb-row", again)];
       if (answer.state === "failed") return [...top, note("problem", answer.error), el("div.sb-row", again)];
       const view = answer.view;
-      return [...top, note(view.status, view.headline), facts(view.facts), groups(view.groups), bars(view.bars), el("div.sb-row", again)].filter(Boolean);
+      return [...top, note(view.status, view.headline), facts(view.facts), bars(view.bars), groups(view.groups), el("div.sb-row", again)].filter(Boolean);
     }
 
     /** A button that asks something of the chosen item; a refusal stands beside it. */

@@ -5,13 +5,14 @@
   const signalbox = (window.signalbox ??= {});
   const CALM_MS = 5000;
   const PENDING_MS = 700;
-  const TYPING_MS = 400;
+  const TYPING_MS = 150;
+  const NOTING_MS = 400;
   const by = (id) => document.getElementById(id);
   const fieldOf = (key) => by(`f-${key.replaceAll(".", "-")}`);
 
   signalbox.train = (element, trigger, watch, props) => {
     const root = by("train");
-    const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0 };
+    const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0, texts: new Map(), sending: Promise.resolve() };
 
     // ---- state of the server ------------------------------------------------------------------------------------
     async function ask() {
@@ -38,15 +39,15 @@
       const before = page.state;
       page.state = state;
       if (page.failures > 1) message("");
-      by("train-first").hidden = !state.empty;
-      by("train-columns").hidden = state.empty;
-      by("train-bottom").hidden = state.empty;
-      by("train-toolbar").hidden = state.empty;
+      const first = state.empty && !page.wantsForm;
+      by("train-first").hidden = !first;
+      for (const id of ["train-columns", "train-bottom", "train-toolbar"]) by(id).hidden = first;
       showTry(state.try_it);
       showToolbar(state);
       showGate(state);
       showFields(state);
-      if (before && before.form_revision !== state.form_revision && state.form_revision !== page.shownRevision) act({ act: "refresh" });
+      const isOurs = state.form_revision === page.shownRevision || page.texts.size > 0 || page.isSending;
+      if (before && before.form_revision !== state.form_revision && !isOurs) act({ act: "refresh" });
       root.classList.remove("sb-waiting");
       document.dispatchEvent(new CustomEvent("signalbox:train", { detail: state }));
     }
@@ -86,7 +87,7 @@
       event.preventDefault();
       const said = by("train-save-message");
       try {
-        const answer = await signalbox.send("api/train/save", { name: by("train-save-name").value });
+        const answer = await post("api/train/save", { name: by("train-save-name").value });
         said.className = "sb-help";
         said.textContent = answer.said;
       } catch (error) {
@@ -138,11 +139,11 @@
     }
 
     async function go(address) {
-      if (document.activeElement instanceof HTMLElement) document.activeElement.blur();
       message("");
+      await flush();
       for (const id of ["train-start", "bottom-start", "train-smoke", "bottom-smoke"]) by(id).disabled = true;
       try {
-        const answer = await signalbox.send(address, {});
+        const answer = await post(address, {});
         if (answer.go) return void location.assign(answer.go);
         message(answer.said ?? "", false);
       } catch (error) {
@@ -150,6 +151,43 @@
         by("gate").scrollIntoView({ block: "nearest" });
       }
       ask();
+    }
+
+    // ---- what is typed ------------------------------------------------------------------------------------------
+    function typed(key, text) {
+      page.texts.set(key, text);
+      clearTimeout(page.typing);
+      page.typing = setTimeout(flush, TYPING_MS);
+    }
+
+    /** Send what was typed, in order; what cannot be sent is kept and sent with the next. */
+    function flush(keepalive = false) {
+      clearTimeout(page.typing);
+      if (!page.texts.size) return page.sending;
+      const values = Object.fromEntries(page.texts);
+      page.texts.clear();
+      page.sending = page.sending.then(async () => {
+        page.isSending = true;
+        try {
+          await post("api/train/fields", { values }, keepalive);
+        } catch (error) {
+          for (const [key, text] of Object.entries(values)) if (!page.texts.has(key)) page.texts.set(key, text);
+          page.typing = setTimeout(flush, CALM_MS);
+          message(`What was typed is not saved yet (${error.message}). Trying again.`);
+        }
+        page.isSending = false;
+      });
+      return page.sending.then(ask);
+    }
+
+    /** POST that notes the draft's revision, so that our own changes are not taken for another tab's. */
+    async function post(address, body, keepalive = false) {
+      const headers = { "content-type": "application/json" };
+      const reply = await fetch(address, { method: "POST", headers, body: JSON.stringify(body), keepalive });
+      const answer = await reply.json().catch(() => ({}));
+      if (!reply.ok) throw new Error(answer.error ?? `the server answered ${reply.status}`);
+      page.shownRevision = answer.revision;
+      return answer;
     }
 
     // ---- fields -------------------------------------------------------------------------------------------------
@@ -245,7 +283,7 @@
       by("train-try").disabled = true;
       page.isTrying = true;
       try {
-        await signalbox.send("api/train/try", {});
+        await post("api/train/try", {});
       } catch (error) {
         by("train-try-said").textContent = error.message;
         page.isTrying = false;
@@ -260,18 +298,23 @@
 
     async function putBack(button) {
       try {
-        by("train-save-message").textContent = (await signalbox.send("api/train/restore", { name: button.dataset.name, backup: button.dataset.backup })).said;
+        by("train-save-message").textContent = (await post("api/train/restore", { name: button.dataset.name, backup: button.dataset.backup })).said;
         act({ act: "refresh" });
       } catch (error) {
         by("train-save-message").textContent = error.message;
       }
     }
 
+    function keyOf(target) {
+      return page.state?.keys[target.closest?.(".sb-field")?.id];
+    }
+
+    function isTextBox(target) {
+      return target.matches('textarea, input[type="text"]') && target.getAttribute("role") !== "combobox";
+    }
+
     /** Lines that judged a setting are out of date from the moment it is touched, not from the next answer on. */
-    function grey(target) {
-      const wrapper = target.closest?.(".sb-field");
-      const key = wrapper && page.state?.keys[wrapper.id];
-      if (!key) return;
+    function grey(key) {
       for (const line of by("gate-lines").querySelectorAll(`[data-fields~="${CSS.escape(key)}"]`)) line.classList.add("sb-stale");
     }
 
@@ -293,6 +336,10 @@
       "#train-start, #bottom-start": () => go("api/train/start"),
       "#bottom-gate": () => by("gate").scrollIntoView(),
       "#train-try": tryIt,
+      "#train-show-form": () => {
+        page.wantsForm = true;
+        ask();
+      },
     };
     root.addEventListener("click", (event) => {
       for (const [selector, handler] of Object.entries(CLICKS)) {
@@ -301,7 +348,9 @@
       }
     });
     root.addEventListener("input", (event) => {
-      grey(event.target);
+      const key = keyOf(event.target);
+      if (key) grey(key);
+      if (key && isTextBox(event.target)) typed(key, event.target.value);
       if (event.target.id === "train-find") find();
       if (event.target.id === "train-name" || event.target.id === "train-why") note(event.target);
     });
@@ -314,17 +363,19 @@
       input.dataset.typing = "yes";
       clearTimeout(page.noting);
       page.noting = setTimeout(async () => {
-        await signalbox.send("api/train/note", { name: by("train-name").value, why: by("train-why").value });
+        await post("api/train/note", { name: by("train-name").value, why: by("train-why").value });
         delete input.dataset.typing;
-      }, TYPING_MS);
+      }, NOTING_MS);
     }
 
     watch("value", () => {
       const signal = JSON.parse(props.value || "{}");
-      page.shownRevision = signal.revision;
+      if (signal.revision !== undefined) page.shownRevision = signal.revision;
       if (signal.said) message(signal.said);
       ask();
     });
+    addEventListener("pagehide", () => flush(true));
+    root.addEventListener("focusout", () => flush());
     document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());
     view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);

@@ -1,7 +1,9 @@
 """The Train page: the form, the gate beside it, and what the model will see below.
 
-The form's components are Gradio's and report each change here; everything that only shows something is filled by
-`assets/train.js` from `ui/routes_train.py`. The draft on the server is the one truth of both.
+The form's components are Gradio's. Pickers, switches and segments report each change here. Text boxes report through
+`assets/train.js`: Gradio 6.31 calls a text box's input handler on key presses only, so that a paste or a deletion
+would be missed. Everything that only shows something is filled by the same script from `ui/routes_train.py`. The
+draft on the server is the one truth of all.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ def _listen(site: Site, form: Form, bus: gr.HTML) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for info in fields():
         component = form.components[info.key]
+        if isinstance(component, gr.Textbox):
+            continue
         # only a change of method puts another value in by itself
         outputs = [bus, form.components[RATE]] if info.key == METHOD else [bus]
         handler = _on_change(site, form, info, bus)

@@ -56,7 +56,9 @@ FIRST = """
      about 1 min</button></p>
   <div class="sb-bar" id="train-try-bar" hidden><i></i></div>
   <p id="train-try-said" role="status"></p>
-  <p>or <a href="models">1 Choose a model</a> <a href="data">2 Add your data</a></p>
+  <p class="sb-row">or <a class="sb-button" href="models">1 Choose a model</a>
+     <a class="sb-button" href="data">2 Add your data</a>
+     <button type="button" class="sb-link" id="train-show-form">Show the form</button></p>
 </section>
 """
 
