@@ -16,8 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,11 +204,16 @@ def detach(options: Options) -> int:
 
 
 def _answers(options: Options) -> bool:
+    from http.client import HTTPConnection, HTTPException  # only here: it costs time that a plain start does not have
+
+    connection = HTTPConnection(options.host, options.port, timeout=2)
     try:
-        with urllib.request.urlopen(f"http://{options.host}:{options.port}/api/health", timeout=2) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
+        connection.request("GET", f"{options.root_path}/api/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def stop_server(options: Options) -> int:

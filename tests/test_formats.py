@@ -56,9 +56,7 @@ def test_a_conversation_with_system_and_several_turns_is_read_as_it_stands(tmp_p
 
 
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
-    rows = rows_of(
-        tmp_path / "f", json.dumps(GOOD), "", "  \t", json.dumps(GOOD) + "\r", "nonsense", json.dumps(GOOD)
-    )
+    rows = rows_of(tmp_path / "f", json.dumps(GOOD), "", "  \t", json.dumps(GOOD) + "\r", "nonsense", json.dumps(GOOD))
     assert [(row.line, row.index, row.problem is None) for row in rows] == [
         (1, 0, True), (4, 1, True), (5, 2, False), (6, 3, True),
     ]  # fmt: skip
@@ -112,7 +110,7 @@ def test_the_sentence_names_the_line_with_its_figure(tmp_path: Path) -> None:
         ('{"a":' * 100_000, "bad_json", "nested too deeply"),
         (chat(turn("user", "a\ud800b"), turn("assistant")), "characters", "surrogate pair (U+D800) at character 2"),
         (chat(turn("user", "a\x00"), turn("assistant")), "characters", "U+0000"),
-        (chat(turn("user"), turn("assistant", "\x1b[31m")), "characters", "message 2 contains a control character (U+001B)"),
+        (chat(turn("user"), turn("assistant", "\x1b[31m")), "characters", "contains a control character (U+001B)"),
         (b'{"messages": "\x00"}', "characters", "NUL"),
         (b'{"messages": "\xff"}', "not_utf8", "byte 15 is not UTF-8"),
         (b'{"messages": "\xed\xa0\x80"}', "not_utf8", "byte 15"),
@@ -238,6 +236,6 @@ def test_no_mutation_of_bytes_gets_past_the_reader_as_anything_but_clean_text(
 
 
 def test_reading_needs_the_standard_library_only() -> None:
-    code = "import sys, trainer.data.formats as f; print({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))"
+    code = "import sys, trainer.data.formats; print({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

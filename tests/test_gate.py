@@ -153,7 +153,7 @@ def test_a_check_of_other_settings_is_out_of_date_and_names_what_changed() -> No
     keys = ["hyperparams.max_length", "hyperparams.batch_size"]
     judged = judged_values(before, keys)
     smoke = SmokeFact("done", (("pass", "fine"),), 12, 0, judged=judged)
-    data = replace(GOOD.data, judged=judged)  # type: ignore[type-var]
+    data = replace(GOOD.data, state="checking", judged=judged)  # type: ignore[type-var]
     facts = replace(GOOD, smoke=smoke, data=data)
     assert line("smoke", lines_of(facts, before)).status == "pass"
     lines = lines_of(facts, config(max_length=1024, batch_size=1))
@@ -161,6 +161,7 @@ def test_a_check_of_other_settings_is_out_of_date_and_names_what_changed() -> No
         line("smoke", lines).text == "Smoke test: out of date, maximum length and micro-batch changed."
     )
     assert line("smoke", lines).status == "not-run" and line("data", lines).status == "not-run"
+    assert "12,408 rows usable. Out of date, " in line("data", lines).text
     assert set(line("smoke", lines).fields) == set(keys)
 
 

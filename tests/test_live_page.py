@@ -288,8 +288,8 @@ def test_on_a_phone_nothing_is_cut_off_and_the_actions_stay_under_the_thumb(
 
 def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: RunningApp, made: MadeRun) -> None:
     made.events.append("alert", code="spike", step=20, text="spike")
-    seen = json.dumps({"at": time.time() - 3600, "step": 10, "loss": 2})
-    page.add_init_script(f"localStorage.setItem('signalbox.seen.{made.run_id}', {json.dumps(seen)})")
+    seen = json.dumps({made.run_id: {"at": time.time() - 3600, "step": 10, "loss": 2}})
+    page.add_init_script(f"localStorage.setItem('signalbox.seen', {json.dumps(seen)})")
     open_board(page, app, made.run_id, 30)
     line = page.locator(".sb-live-back")
     line.wait_for()
@@ -301,7 +301,7 @@ def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: R
 def test_no_script_addresses_the_root_of_the_host_so_that_a_root_path_works() -> None:
     scripts = [ASSETS / name for name in {*live.SCRIPTS, *runs.SCRIPTS}]
     rooted = re.compile(r"[\"'`]/(?:api|live|runs|files)[^\"'`]*")
-    assert len(scripts) == 10
+    assert len(scripts) == 13
     assert [found for path in scripts for found in rooted.findall(path.read_text())] == []
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,19 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.tiny import tiny_tokenizer
-from trainer.data.formats import read_rows
-from trainer.data.tokens import TokenCache, TokenRequest, load_tokenizer
+from tests.worker_kit import DATE, LOOP, chat, child_pids, view, with_template
 from trainer.refusal import Refusal
 from trainer.worker import Cancelled, Worker, WorkerDied
-
-DATE = "2025-11-22"
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -39,123 +31,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tokenizer(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def chat(question: str, answer: str) -> str:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return json.dumps({"messages": turns})
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join([chat("q", "one"), "", "bad", chat("r", "two 🛑️ three")]))
     return path
-
-
-def view(worker: Worker, data: Path, model: Path, row: int, **changes: Any) -> dict[str, Any]:
-    args: dict[str, Any] = {
-        "profile": None, "system_prompt": "", "date": DATE, "max_length": 128, "too_long": "cut",
-        "profiles_root": None,
-    }  # fmt: skip
-    return worker.call("view_row", path=str(data), row=row, model_path=str(model), **(args | changes))
-
-
-def with_template(model: Path, to: Path, template: str) -> Path:
-    shutil.copytree(model, to)
-    (to / "chat_template.jinja").write_text(template)
-    return to
-
-
-def child_pids(worker: Worker) -> list[int]:
-    return [child._process.pid for child in worker._idle if child._process is not None]
-
-
-def test_the_doctor_answers_through_the_worker(worker: Worker, data: Path, model: Path) -> None:
-    report = worker.call("check_data", path=str(data))
-    assert (report["valid"], report["rows"], report["usable"]) == (False, 3, 2)
-    assert report["problems"][0]["line"] == 3
-    measured = worker.call("check_data", path=str(data), model_path=str(model), max_length=32)
-    assert measured["lengths"]["sampled"] == 2 and 0 < measured["label_share"] < 1
-    data.write_text("\n".join([chat("q", "a")] * 2500))
-    steps: list[tuple[int, int]] = []
-    worker.call("check_data", path=str(data), on_progress=lambda done, total: steps.append((done, total)))
-    assert steps and all(0 < done < total == data.stat().st_size for done, total in steps)
-    with pytest.raises(Refusal, match="no profile 'nobody'"):
-        worker.call("check_data", path=str(data), profile="nobody")
-    with pytest.raises(Refusal, match="absent cannot be opened"):
-        worker.call("check_data", path=str(data.parent / "absent"))
-
-
-def test_a_model_folder_is_judged_through_the_worker(worker: Worker, model: Path) -> None:
-    report = worker.call("check_model", path=str(model))
-    assert report["valid"] is False and report["problems"][0]["file"]
-
-
-def test_a_row_is_shown_as_it_will_be_trained(worker: Worker, data: Path, model: Path) -> None:
-    seen = view(worker, data, model, 2, profile="emoji_think", max_length=200)
-    assert (seen["line"], seen["rows"], seen["problem"]) == (4, 3, None)
-    assert seen["before"] == list(read_rows(data))[2].messages
-    assert DATE in seen["system_prompt"] and seen["after"][0] == {"role": "system", "content": seen["system_prompt"]}
-    tokenizer = load_tokenizer(model)
-    assert "".join(token["text"] for token in seen["tokens"]) == tokenizer.decode([t["id"] for t in seen["tokens"]])
-    answer = seen["after"][-1]["content"]
-    assert "".join(token["text"] for token in seen["tokens"] if token["kind"] == "label") == answer + "<|im_end|>"
-    assert any(token["text"] == "<|im_start|>" and token["kind"] == "special" for token in seen["tokens"])
-    counts = seen["counts"]
-    assert (
-        counts["tokens"] == len(seen["tokens"]) == sum(counts[kind] for kind in ("label", "context", "special", "cut"))
-    )
-
-
-def test_cut_tokens_and_unusable_rows_are_said(worker: Worker, data: Path, model: Path) -> None:
-    cut = view(worker, data, model, 2, max_length=12)
-    assert [token["kind"] == "cut" for token in cut["tokens"]] == [n >= 12 for n in range(len(cut["tokens"]))]
-    assert "12 allowed: its last" in cut["note"] and "No token of this row is trained." in cut["note"]
-    assert "left out" in view(worker, data, model, 2, max_length=12, too_long="drop")["note"]
-    bad = view(worker, data, model, 1)
-    assert bad["problem"]["code"] == "bad_json" and bad["tokens"] == []
-    for row in (3, -1):
-        with pytest.raises(Refusal, match="d.jsonl has 3 rows"):
-            view(worker, data, model, row)
-    with pytest.raises(Refusal) as caught:
-        view(worker, data, model, 0, profile="nobody")
-    assert caught.value.field == "profile.name"
-
-
-def test_the_view_follows_files_that_change(worker: Worker, data: Path, model: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    shutil.copytree(model, own)
-    before = view(worker, data, own, 0)["tokens"]
-    with data.open("a") as file:
-        file.write("\n" + chat("new", "row"))
-    assert view(worker, data, own, 3)["rows"] == 4
-    (own / "chat_template.jinja").write_text("{{- 'Hi ' -}}" + (own / "chat_template.jinja").read_text())
-    after = view(worker, data, own, 0)["tokens"]
-    assert "".join(token["text"] for token in after) == "Hi " + "".join(token["text"] for token in before)
-
-
-def test_a_profile_is_previewed_on_real_rows(worker: Worker, data: Path) -> None:
-    seen = worker.call(
-        "preview_profile", path=str(data), profile="regime3", system_prompt="", date=DATE, profiles_root=None
-    )
-    assert [row["line"] for row in seen["rows"]] == [1, 4]
-    assert "<<ANS_START>> one <<ANS_END>>" in seen["rows"][0]["after"][-1]["content"]
-    assert DATE in seen["system_prompt"] and seen["description"]
-
-
-def test_tokens_are_made_with_progress_and_found_again(worker: Worker, data: Path, model: Path, tmp_path: Path) -> None:
-    data.write_text("\n".join(chat("q", f"answer {n}") for n in range(600)))
-    request = TokenRequest((str(data),), str(model), None, "", DATE, 128, "cut")
-    steps: list[tuple[int, int]] = []
-    made = worker.call(
-        "tokenise",
-        on_progress=lambda done, total: steps.append((done, total)),
-        request={**request.__dict__, "files": list(request.files)},
-        root=str(tmp_path / "tokens"),
-    )
-    assert made["cache"] == str(tmp_path / "tokens" / request.key())
-    assert steps[-1] == (600, 600)
-    cache = TokenCache.open(Path(made["cache"]))
-    assert cache.meta == made["meta"] and int(np.sum(cache.lengths)) == made["meta"]["tokens"]
 
 
 def test_a_slow_template_ends_in_words_and_the_child_lives_on(
@@ -179,30 +59,6 @@ def test_a_template_that_eats_memory_ends_in_words(
     assert "needs more memory" in view(worker, data, bomb, 0)["problem"]["message"]
 
 
-def test_templates_cannot_reach_out_of_their_sandbox(worker: Worker, data: Path, model: Path, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    write = f"open('{canary}', 'w')"
-    gadgets = [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}",
-        "{{ self._TemplateReference__context.environment }}",
-        "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
-        "{{ strftime_now.__globals__ }}",
-        "{{ strftime_now.__code__.co_consts }}",
-        "{{ raise_exception.__globals__['__builtins__']['open']('CANARY', 'w') }}",
-        "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
-        "{{ namespace.__init__.__globals__ }}",
-        "{% set x = messages.__class__ %}{{ x }}",
-        f"{{{{ {write} }}}}",
-    ]
-    for number, gadget in enumerate(gadgets):
-        folder = with_template(model, tmp_path / str(number), gadget.replace("CANARY", str(canary)))
-        seen = view(worker, data, folder, 0)
-        assert seen["problem"] is not None, gadget
-        assert "globals" not in json.dumps(seen["tokens"])
-    assert not canary.exists()
-
-
 def test_a_call_out_of_time_is_ended_and_the_next_one_works(
     worker: Worker, data: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +66,7 @@ def test_a_call_out_of_time_is_ended_and_the_next_one_works(
     started = time.monotonic()
     with pytest.raises(WorkerDied, match="Showing the row took longer than 0.5 s and was ended"):
         view(worker, data, slow, 0, timeout_s=0.5)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert worker.call("check_data", path=str(data))["rows"] == 3
 
 
@@ -230,7 +86,7 @@ def test_a_child_that_is_killed_is_noticed_at_once(data: Path, model: Path, tmp_
     started = time.monotonic()
     with pytest.raises(WorkerDied, match=r"Showing the row ended unexpectedly \(signal 11\)"):
         view(own, data, slow, 0)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     own.call("check_data", path=str(data))
     own.close()
 
@@ -265,7 +121,7 @@ def test_cancelling_leaves_at_once(worker: Worker, data: Path, model: Path, tmp_
             path=str(data), row=0, model_path=str(slow), profile=None, system_prompt="", date=DATE,
             max_length=9, too_long="cut",
         )  # fmt: skip
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 5
 
 
 def test_an_error_in_a_callback_does_not_mix_up_later_answers(
@@ -372,7 +228,7 @@ def test_children_end_with_the_process_that_started_them(busy: bool, data: Path,
     assert not gone(pid, 0.1)
     server.kill()
     server.wait()
-    assert gone(pid, 0.5)
+    assert gone(pid, 1.2)
 
 
 def test_warming_makes_the_first_call_quick(data: Path, model: Path) -> None:
@@ -385,7 +241,7 @@ def test_warming_makes_the_first_call_quick(data: Path, model: Path) -> None:
             time.sleep(0.05)
         started = time.monotonic()
         view(own, data, model, 0)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 3
     finally:
         own.close()
 

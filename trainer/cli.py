@@ -238,8 +238,7 @@ def _starter(arguments: argparse.Namespace) -> int:
 
     workspace = Workspace(arguments.workspace.resolve()).create()
     made = ask_worker("starter", models_root=str(workspace.models_dir), datasets_root=str(workspace.datasets_dir))
-    model, dataset = made
-    print(f"Starter model: {model}\nStarter data: {dataset}")
+    print(f"Starter model: {made['model']}\nStarter data: {made['dataset']}")
     return 0
 
 

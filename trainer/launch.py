@@ -19,6 +19,7 @@ from trainer.machine import Machine
 from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
 from trainer.schema import Config
+from trainer.values import figure_text
 from trainer.workspace import Workspace
 
 VERSIONED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
@@ -130,7 +131,7 @@ def auto_name(config: Config) -> str:
     data = Path(config.data.files[0].path).stem if config.data.files else "run"
     h = config.hyperparams
     method = {"full": "full", "lora": f"LoRA r{config.lora.r}", "qlora": f"QLoRA r{config.lora.r}"}[h.method]
-    return f"{data} · {method} · lr {h.learning_rate:.2g}"
+    return f"{data} · {method} · lr {figure_text(h.learning_rate)}"
 
 
 def new_run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +146,18 @@ class Operations:
         cache = build_cache(asked, Path(root), self._progress)
         return {"cache": str(cache), "meta": TokenCache.open(cache).meta}
 
-    def convert(self, path: str, out: str) -> Any:
+    def convert(self, path: str, out: str) -> dict[str, Any]:
         """Rewrite a folder with pickle weights as safetensors in the new folder `out`."""
         from trainer.models.convert import convert_model
 
-        return _json(convert_model(Path(path), Path(out)))
+        return convert_model(Path(path), Path(out)) | {"target": out}
 
-    def starter(self, models_root: str, datasets_root: str) -> Any:
-        """Write the starter model and the starter dataset."""
+    def starter(self, models_root: str, datasets_root: str) -> dict[str, str]:
+        """Write the starter model and the starter dataset; {"model", "dataset"} are their paths."""
         from trainer.models.starter import write_starter
 
-        return _json(write_starter(Path(models_root), Path(datasets_root)))
+        model, dataset = write_starter(Path(models_root), Path(datasets_root))
+        return {"model": str(model), "dataset": str(dataset)}
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -206,8 +207,3 @@ def _note(tokens: int, counts: dict[str, int], max_length: int, too_long: str, t
 def _stamp(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _json(value: Any) -> Any:
-    """A dataclass as what JSON can carry; anything else unchanged."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

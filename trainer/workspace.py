@@ -148,10 +148,11 @@ class Workspace:
         raise Refusal(f"There is no model folder '{name_or_path}'.{hint}", "model_path")
 
     def datasets(self) -> list[DatasetInfo]:
-        """Datasets of the workspace, newest first, then the data files in the data roots by name."""
+        """Datasets of the workspace, newest first, then data files that lie in the roots as they are, by name."""
         own = [info for p in _children(self.datasets_dir) if (info := _read_dataset(p))]
         own.sort(key=lambda info: (-info.added, info.name))
-        return own + [_in_place(p) for root in self.data_roots for p in _children(root) if _is_data_file(p)]
+        roots = (self.datasets_dir, *self.data_roots)
+        return own + [_in_place(p) for root in roots for p in _children(root) if _is_data_file(p)]
 
     def find_dataset(self, id_or_path: str) -> Path:
         """The file of a dataset from its id or from a path; raises Refusal when there is none."""

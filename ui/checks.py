@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ RETRY_AFTER_S = 60.0
 class Check:
     """How one check stands: state "running", "done" or "failed"; progress 0 to 1 or None; the result or the reason.
 
-    `is_fault`: the check itself broke, so that nothing is known of what it looked at.
+    `judged` are the settings it was made with. `is_fault`: the check itself broke, so that nothing is known of what
+    it looked at. `last`: while this one runs, the last finished one of the same subject.
     """
 
     state: str
@@ -36,22 +37,52 @@ class Check:
     result: Any = None
     error: str = ""
     is_fault: bool = False
+    judged: dict[str, Any] = field(default_factory=dict)
+    last: Check | None = None
 
 
-def check(site: Site, kind: str, about: dict[str, Any], work: Callable[[JobHandle], Any]) -> Check:
-    """The check of `kind` for exactly `about`; starts it when nobody has. Never waits.
+@dataclass(frozen=True)
+class Question:
+    """What is asked: `subject` names what is looked at, `about` everything the answer depends on."""
+
+    kind: str
+    subject: str
+    about: dict[str, Any]
+    judged: dict[str, Any]
+
+
+def check(site: Site, question: Question, work: Callable[[JobHandle], Any]) -> Check:
+    """The answer to a question, or how far it is; starts the work when nobody has. Never waits.
 
     `work` runs as a job. A check that failed is tried again after a minute.
     """
     folder = make_private_dir(site.workspace.root / "cache" / "checks")
-    text = json.dumps([kind, about], sort_keys=True, ensure_ascii=True)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    path = folder / f"{_mark(question.kind, question.about)}.json"
+    latest = folder / f"last-{_mark(question.kind, question.subject)}.json"
     known = _read(site, path)
-    if known is not None:
-        return known
-    if _claim(path):  # of two tabs that ask at once, one starts it
-        write_json(path, {"job": site.jobs.start(kind, work), "started": time.time()})
-    return Check("running")
+    if known is None:
+        if _claim(path):  # of two tabs that ask at once, one starts it
+            job = site.jobs.start(question.kind, work)
+            write_json(path, {"job": job, "started": time.time(), "judged": question.judged})
+        known = Check("running")
+    if known.state == "done" and _pointer(latest) != path.name:
+        write_json(latest, {"check": path.name})
+    if known.state == "running" and (name := _pointer(latest)):
+        last = _read(site, folder / name)
+        return replace(known, last=last if last and last.state == "done" else None)
+    return known
+
+
+def _mark(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _pointer(path: Path) -> str:
+    try:
+        return str(read_json(path)["check"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _read(site: Site, path: Path) -> Check | None:
@@ -67,7 +98,7 @@ def _read(site: Site, path: Path) -> Check | None:
     except Refusal:  # somebody cleared the jobs away
         return _drop(path)
     if job["state"] == "done":
-        return Check("done", result=job["result"])
+        return Check("done", result=job["result"], judged=note["judged"])
     if job["state"] == "running":
         done, total = job["progress"] or (0, 0)
         return Check("running", progress=done / total if total else None)

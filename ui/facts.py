@@ -10,18 +10,20 @@ import datetime
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import profiles
-from trainer.config import Config, diff, resolve
+from trainer.config import Change, Config, diff, resolve
 from trainer.data.conversation import PROBLEM_NAMES
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
 from trainer.refusal import Refusal
-from trainer.run import status
+from trainer.run import RunDir, status
 from ui import numbers
-from ui.checks import Check, check, stamp
+from ui.checks import Check, Question, check, stamp
 from ui.derived import Plan, plan_of
 from ui.drafts import Draft
 from ui.fit import Sizes, memory_fact, trained_weights
@@ -78,7 +80,8 @@ def model_report(site: Site, config: Config) -> Check | None:
     def work(handle: JobHandle) -> Any:
         return site.worker.call("check_model", timeout_s=CHECK_LIMIT_S, cancelled=handle.cancelled, path=str(path))
 
-    return check(site, "gate-model", {"path": str(path), "stamp": stamp(path)}, work)
+    about = {"path": str(path), "stamp": stamp(path)}
+    return check(site, Question("gate-model", str(path), about, {}), work)
 
 
 def _model_fact(config: Config, report: Check | None) -> ModelFact | None:
@@ -158,13 +161,15 @@ def data_fact(site: Site, config: Config) -> DataFact | None:
             )
         return reports
 
-    found = check(site, "gate-data", about, work)
-    judged = judged_values(config, DATA_KEYS)
+    subject = "\n".join(str(path) for path in files)
+    found = check(site, Question("gate-data", subject, about, judged_values(config, DATA_KEYS)), work)
+    if found.state == "running" and found.last is not None:
+        return replace(_together(found.last.result, found.last.judged), state="checking", done=found.progress)
     if found.state == "running":
-        return DataFact("checking", done=found.progress, judged=judged)
+        return DataFact("checking", done=found.progress)
     if found.state == "failed":
-        return DataFact("ready", **{"fault" if found.is_fault else "refusal": found.error}, judged=judged)
-    return _together(found.result, judged)
+        return DataFact("ready", **{"fault" if found.is_fault else "refusal": found.error})
+    return _together(found.result, found.judged)
 
 
 def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact:
@@ -259,14 +264,20 @@ def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | N
     return trained_weights(sizes, config) * 12.0 if sizes else None
 
 
-def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Any, ...]]:
+def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Change, ...]]:
     """Name of the newest finished run of this workspace and what has changed since; ("", ()) where there is none."""
     for run in site.workspace.list_runs()[:RUNS_LOOKED_AT]:
-        try:
-            now = status(run)
-            if now.state != "finished":
-                continue
-            return now.name or run.run_id, tuple(diff(resolve(run.snapshot()["config"]), config))
-        except (Refusal, KeyError, ValueError, OSError):
-            continue  # a run of an older version, or one that somebody is deleting
+        found = _if_finished(run, tuple(stamp(run.events)), tuple(stamp(run.notes)))
+        if found is not None:
+            return found[0], tuple(diff(found[1], config))
     return "", ()
+
+
+@lru_cache(maxsize=256)
+def _if_finished(run: RunDir, events: tuple[int, ...], notes: tuple[int, ...]) -> tuple[str, Config] | None:
+    """Name and settings of a run that has finished, else None; read again only when its files have changed."""
+    try:
+        now = status(run)
+        return (now.name or run.run_id, resolve(run.snapshot()["config"])) if now.state == "finished" else None
+    except (Refusal, KeyError, ValueError, OSError):
+        return None  # a run of an older version, or one that somebody is deleting

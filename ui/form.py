@@ -21,7 +21,10 @@ from ui import numbers
 
 OPEN_GROUPS = ("What", "How")
 """Groups with a panel of their own; the others open inside the second one."""
-FIRST = ("model_path", "data.dataset_path", "profile.name", "hyperparams.max_length")
+FIRST = (
+    "model_path", "data.dataset_path", "profile.name", "hyperparams.max_length",
+    "hyperparams.method", "hyperparams.learning_rate", "hyperparams.num_epochs", "lora.r",
+)  # fmt: skip
 """The order of thought; the other fields follow in the order of the schema."""
 LONG_TEXT = ("profile.system_prompt",)
 PICKED = ("model_path", "data.dataset_path", "data.validation_dataset_path", "profile.name")
@@ -103,7 +106,7 @@ def _component(info: FieldInfo) -> gr.components.Component:
         ["sb-wide-field"] if info.key in WIDE else []
     )
     # "Epochs" needs no unit beside it
-    label = f"{info.title}, {info.unit}" if info.unit and info.unit not in info.title.lower() else info.title
+    label = f"{info.title}, {info.unit}" if info.unit and info.unit not in info.title.lower().split() else info.title
     common: dict[str, Any] = {
         "label": label,
         "info": info.help,

@@ -94,13 +94,13 @@ def _parsed(workspace: Workspace, draft: Draft, problems: dict[str, str]) -> dic
     good: dict[str, Any] = {}
     for key, text in draft.values.items():
         try:
-            good[key] = _found(workspace, key, parse_value(key, text))
+            good[key] = found_path(workspace, key, parse_value(key, text))
         except ConfigError as error:
             problems[key] = error.problems[0].message
     return good
 
 
-def _found(workspace: Workspace, key: str, value: Any) -> Any:
+def found_path(workspace: Workspace, key: str, value: Any) -> Any:
     """A model's or dataset's name as its path; what is not found stays as typed, for the gate to name."""
     find = {"model_path": workspace.find_model, "data.dataset_path": workspace.find_dataset}.get(key)
     find = workspace.find_dataset if key == "data.validation_dataset_path" else find

@@ -110,12 +110,12 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
         return [GateLine("data", "warning", f"The data could not be checked. {fact.fault}", (), key)]
     if fact.refusal:
         return [GateLine("data", "problem", fact.refusal, (_go(key[0]),), key, True)]
-    if fact.state == "checking":
-        part = f", {numbers.percent(fact.done)} done" if fact.done is not None else ""
-        return [GateLine("data", "not-run", f"Data: being checked{part}.", (), key)]
     stale = changed_titles(fact.judged, config)
-    if stale:
-        text = f"Data: out of date, {_and(stale)} changed. Being checked again."
+    if fact.state == "checking":
+        part = f", {numbers.percent(fact.done)} done" if fact.done else ""
+        text = f"Data: being checked{part}."
+        if stale:
+            text = f"Data: {fact.usable:,} rows usable. Out of date, {_and(stale)} changed; being checked again{part}."
         return [GateLine("data", "not-run", text, (), key)]
     notes = [GateLine("data-note", "warning", note, (), key) for note in fact.notes]
     return _usable_rows(config, fact, key) + _long_rows(config, fact) + notes

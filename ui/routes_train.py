@@ -27,8 +27,8 @@ _BODY_BYTES = 64 * 1024
 def routes(site: Site) -> list[Route]:
     """The routes of this module; every one names the action that its caller must be allowed."""
     reads = {
-        "state": ("see", lambda caller, _: train_state.state_of(site, caller)),
-        "suggest": ("see", lambda caller, _: train_state.suggestions_of(site, caller)),
+        "state": ("check", lambda caller, _: train_state.state_of(site, caller)),
+        "suggest": ("check", lambda caller, _: train_state.suggestions_of(site, caller)),
         "row": ("see_rows", lambda caller, query: train_row.row_of(site, caller, query)),
     }
     writes = {

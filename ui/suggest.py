@@ -11,7 +11,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import Config, as_text, get
+from trainer.config import Config, as_text, get, merged, parse_value, resolve, unflatten
 from trainer.config import field as setting
 from ui.derived import Plan, plan_of
 from ui.gate_facts import Facts
@@ -35,20 +35,22 @@ class Suggestion:
 
 def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
     """Suggestions for every setting not in `chosen`; a value that is the same already is left out."""
-    plan = _plan(config, facts)
     found: dict[str, Suggestion] = {}
-    for key, value, reason in (
-        *_rate(config),
-        *_length(config, facts),
-        *_size(config, facts, plan),
-        *_rhythm(config, plan),
-    ):
+
+    def take(key: str, value: Any, text: str, reason: str) -> None:
         before = get(config, key)
         if key not in chosen and key not in found and value != before:
-            found[key] = Suggestion(key, before, as_text(setting(key), value), reason)
+            found[key] = Suggestion(key, before, text, reason)
+
+    for key, value, reason in (*_rate(config), *_length(config, facts), *_size(config, _plan(config, facts))):
+        take(key, value, as_text(setting(key), value), reason)
+    # how often to save and check follows from the steps that the run will have with what was suggested so far
+    taken = {s.key: parse_value(s.key, s.text) for s in found.values()}
+    later = resolve(merged(config.model_dump(), unflatten(taken)))
+    for key, value, reason in _rhythm(later, _plan(later, facts)):
+        take(key, value, as_text(setting(key), value), reason)
     for key, text, reason in _memory(facts):
-        if key not in chosen:
-            found[key] = Suggestion(key, get(config, key), text, reason)
+        take(key, parse_value(key, text), text, reason)
     return list(found.values())
 
 
@@ -89,7 +91,7 @@ def _rounded(tokens: int) -> int:
     return math.ceil(tokens / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def _size(config: Config, facts: Facts, plan: Plan) -> Rule:
+def _size(config: Config, plan: Plan) -> Rule:
     rows, h = plan.trained_rows, config.hyperparams
     if not rows or h.max_steps is not None:
         return
@@ -98,7 +100,8 @@ def _size(config: Config, facts: Facts, plan: Plan) -> Rule:
     wanted = max(1, rows // STEPS_AN_EPOCH)
     if h.rows_per_step > wanted and h.gradient_accumulation > 1:
         smaller = max(1, wanted // h.batch_size)
-        reason = f"{rows:,} rows give only {math.ceil(rows / h.rows_per_step)} steps an epoch at {h.rows_per_step} rows a step."
+        few = math.ceil(rows / h.rows_per_step)
+        reason = f"{rows:,} rows give only {few} steps an epoch at {h.rows_per_step} rows a step."
         yield "hyperparams.gradient_accumulation", smaller, reason
 
 

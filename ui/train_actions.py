@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from trainer.config import as_text
+from trainer.config import as_text, parse_value
 from trainer.config import field as setting
+from trainer.fields import PATH_FIELDS
 from trainer.files import NAME
 from trainer.refusal import Refusal
 from ui.drafts import Draft
-from ui.form_state import form_state, saved_names
+from ui.form_state import form_state, found_path, saved_names
+from ui.guard import Caller
 from ui.site import Site
 
 # learning rates that each method usually wants; a change of method brings its own unless the user chose one
@@ -41,6 +44,22 @@ def act_of(data: Any) -> Act:
     raw = data.get("values") or {}
     values = {setting(str(key)).key: str(text) for key, text in raw.items()} if isinstance(raw, dict) else {}
     return Act(str(data["act"]), str(data.get("key") or ""), str(data.get("name") or ""), values)
+
+
+def check_paths(site: Site, caller: Caller, values: dict[str, str]) -> None:
+    """Refuse paths outside the workspace and its roots to everybody but the owner of this machine's files."""
+    if caller.may("paths"):
+        return
+    for key, text in values.items():
+        info = setting(key)
+        if key in PATH_FIELDS:
+            named = [str(found_path(site.workspace, key, text))] if text else []
+        elif info.kind == "files":
+            named = [entry["path"] for entry in parse_value(key, text)]
+        else:
+            continue
+        if any(not site.workspace.knows(Path(name)) for name in named):
+            raise Refusal(f"{info.title}: only the owner may name a path outside the workspace and its roots.", key)
 
 
 def apply(site: Site, draft: Draft, act: Act) -> Draft:
@@ -77,7 +96,9 @@ def _set(site: Site, draft: Draft, act: Act) -> Draft:
 
 
 def _undo(site: Site, draft: Draft, act: Act) -> Draft:
-    return draft.without(act.key)
+    base = form_state(site.workspace, site.config_path, replace(draft, values={}))
+    undone = draft.without(act.key)
+    return _with_rate(base.texts, undone) if act.key == METHOD else undone
 
 
 def _revert(site: Site, draft: Draft, act: Act) -> Draft:

@@ -18,7 +18,7 @@ from ui.form_state import FormState, form_state, problem_list, saved_names
 from ui.gate import blocking, gate_lines
 from ui.guard import Caller
 from ui.site import Site
-from ui.train_actions import act_of, apply
+from ui.train_actions import act_of, apply, check_paths
 
 _NAME_CHARACTERS = 120
 _WHY_CHARACTERS = 400
@@ -30,6 +30,7 @@ def typed(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Refusal("The page sent something that is not understood. Reload it.")
     act = act_of({"act": "set", "values": values})
+    check_paths(site, caller, act.values)
     site.drafts.change(caller.session, lambda draft: apply(site, draft, act))
     return {}
 

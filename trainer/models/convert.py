@@ -50,7 +50,8 @@ def convert_model(source: Path, target: Path) -> dict[str, Any]:
     free = shutil.disk_usage(target.parent).free
     if free < weights.size_bytes * 1.1:
         raise Refusal(
-            f"The copy needs {weights.size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. Nothing was written."
+            f"The copy needs {weights.size_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free. "
+            "Nothing was written."
         )
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     staging.mkdir(mode=0o700)

@@ -46,10 +46,11 @@ def write_starter(models_root: Path, datasets_root: Path) -> tuple[Path, Path]:
         raise Refusal(
             f"{MODEL_NAME} is there but damaged. {sentence(report)} Rename or remove the folder, then try again."
         )
+    if model.exists() and dataset.exists():
+        return model, dataset
     rows = starter_rows()
-    content = as_jsonl(rows)
-    if not dataset.exists() or dataset.read_bytes() != content:
-        write_bytes(dataset, content)
+    if not dataset.exists():
+        write_bytes(dataset, as_jsonl(rows))
     if not model.exists():
         staging = models_root / f".{MODEL_NAME}.{secrets.token_hex(4)}.tmp"
         try:

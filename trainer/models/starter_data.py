@@ -109,9 +109,17 @@ def _prose(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     for paragraph in text.split("\n\n"):
         if ">>>" in paragraph or sum(map(len, paragraphs)) + len(paragraph) > MOST_ANSWER_CHARACTERS:
             break
-        paragraphs.append(paragraph.strip())
+        if not paragraph.lstrip().startswith(("Copyright", "Licensed")):
+            paragraphs.append(_unwrapped(paragraph.strip()))
     prose = "\n\n".join(paragraphs).strip()
-    return prose if len(prose) >= 24 and prose.isprintable() is not None and sys.prefix not in prose else ""
+    return prose if len(prose) >= 24 else ""
+
+
+def _unwrapped(paragraph: str) -> str:
+    """Running text on one line; lists and tables keep their lines."""
+    lines = paragraph.split("\n")
+    is_text = not any(line.startswith((" ", "-", "*", "+", "|")) for line in lines)
+    return " ".join(lines) if is_text else paragraph
 
 
 def _rows_of(entry: Entry, rng: random.Random) -> Iterator[dict[str, Any]]:

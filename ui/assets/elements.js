@@ -34,7 +34,8 @@
 
   /** The 12 px sign of a state, out of the header's sprite. */
   function glyph(name) {
-    return svg("svg", { class: "sb-glyph", width: 12, height: 12, "aria-hidden": "true" }, svg("use", { href: `#g-${name}` }));
+    const size = { class: "sb-glyph", width: 12, height: 12, "aria-hidden": "true" };
+    return svg("svg", size, svg("use", { href: `#g-${name}` }));
   }
 
   function tone(name) {

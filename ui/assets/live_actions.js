@@ -21,7 +21,8 @@
     update(anew = false) {
       const { status, fast } = this.model;
       if (this.sent && this.sent.state !== fast.state) this.sent = null;
-      const text = JSON.stringify([fast.state, status.allowed, this.question && fast.step, this.saveTime(), this.refusal, this.sent]);
+      const step = this.question && fast.step; // the choices of Stop name the steps that would be lost
+      const text = JSON.stringify([fast.state, status.allowed, step, this.saveTime(), this.refusal, this.sent]);
       if (!anew && text === this.shown) return;
       const focused = [...this.row.querySelectorAll("button")].findIndex((b) => b === document.activeElement);
       this.shown = text;
@@ -35,13 +36,13 @@
       if (this.question === "discard" && may.has("stop-now")) return [...this.discardChoices(), refusal];
       const can = (command, word, kind, act) =>
         may.has(command) && button(word, act ?? (() => this.command(command)), kind, { disabled: this.sent !== null });
-      const isLeaving = ["pausing", "stopping"].includes(this.model.fast.state);
+      const isLeaving = ["pausing", "stopping"].includes(this.model.fast.state), discard = `${this.discardWord()}…`;
       return [
         isLeaving && el("span.sb-help", { role: "status" }, this.leaving()),
         can("pause", "Pause"),
         can("checkpoint", "Save checkpoint"),
         can("stop", "Stop", "danger", () => this.ask("stop")),
-        isLeaving && this.model.fast.step > 0 && can("stop-now", `${this.discardWord()}…`, "danger", () => this.ask("discard")),
+        isLeaving && this.lost() > 0 && can("stop-now", discard, "danger", () => this.ask("discard")),
         refusal,
       ];
     }

@@ -11,7 +11,7 @@
     started: () => "started",
     resumed: () => "resumed",
     running: (e) => (e.step ? `training from step ${e.step}` : "training began"),
-    checkpoint: (e, n) => `saved ${n.count(e.step)} (${n.disk(e.bytes)}${e.seconds === undefined ? "" : `, ${n.duration(e.seconds)}`})`,
+    checkpoint: (e, n) => `saved ${n.count(e.step)} (${n.disk(e.bytes)}, ${n.duration(e.seconds)})`,
     eval: (e, n) => `held-out ${n.loss(e.loss)} at ${n.count(e.step)}${e.best ? ", best" : ""}`,
     sample: (e, n) => `samples at ${n.count(e.step)}`,
     oom_rung: (e, n) => `out of memory at ${n.count(e.step)}, went on smaller`,
@@ -63,8 +63,12 @@
       const n = signalbox.numbers;
       const all = this.model.events.filter((e) => e.kind in TOLD);
       // a step writes several samples; one line says so
-      const told = all.filter((e, i) => e.kind !== "sample" || all[i - 1]?.kind !== "sample" || all[i - 1].step !== e.step).slice(-100).reverse();
-      this.happened.replaceChildren(...told.map((e) => el("li", el("time", { title: new Date(e.t * 1000).toISOString() }, signalbox.clock(e.t)), el("span", TOLD[e.kind](e, n)))));
+      const isFirst = (e, i) => e.kind !== "sample" || all[i - 1]?.kind !== "sample" || all[i - 1].step !== e.step;
+      const told = all.filter(isFirst).slice(-100).reverse();
+      this.happened.replaceChildren(...told.map((e) => {
+        const time = el("time", { title: new Date(e.t * 1000).toISOString() }, signalbox.clock(e.t));
+        return el("li", time, el("span", TOLD[e.kind](e, n)));
+      }));
     }
 
     showAlarms(seen) {
@@ -86,11 +90,17 @@
 
     /** The row of tabs with their panels, full width. */
     tabs() {
-      this.tabOf = Object.fromEntries(TABS.map((name) => [name, el("button.sb-tab", {
-        type: "button", role: "tab", id: `sb-tab-${name}`, "aria-controls": `sb-panel-${name}`, onclick: () => this.open(name, false),
-      }, name === "Rows" ? "Rows at step …" : name)]));
-      this.panelOf = Object.fromEntries(TABS.map((name) => [name, el("div.sb-live-tabpanel", { role: "tabpanel", id: `sb-panel-${name}`, "aria-labelledby": `sb-tab-${name}`, tabindex: 0 })]));
-      const list = el("div.sb-tabs", { role: "tablist", "aria-label": "More about this run", onkeydown: (event) => this.onKey(event) }, TABS.map((name) => this.tabOf[name]));
+      this.tabOf = {};
+      this.panelOf = {};
+      for (const name of TABS) {
+        const tab = { type: "button", role: "tab", id: `sb-tab-${name}`, "aria-controls": `sb-panel-${name}` };
+        const panel = { role: "tabpanel", id: `sb-panel-${name}`, "aria-labelledby": `sb-tab-${name}`, tabindex: 0 };
+        this.tabOf[name] = el("button.sb-tab", tab, name === "Rows" ? "Rows at step …" : name);
+        this.tabOf[name].addEventListener("click", () => this.open(name, false));
+        this.panelOf[name] = el("div.sb-live-tabpanel", panel);
+      }
+      const list = el("div.sb-tabs", { role: "tablist", "aria-label": "More about this run" }, Object.values(this.tabOf));
+      list.addEventListener("keydown", (event) => this.onKey(event));
       this.buildLog();
       this.buildRows();
       this.section = el("section.sb-panel.sb-live-more-tabs", list, TABS.map((name) => this.panelOf[name]));
@@ -156,7 +166,8 @@
 
     buildRows() {
       this.stepInput = el("input.sb-input", { type: "number", min: 1, inputmode: "numeric", "aria-label": "Step" });
-      const form = el("form.sb-live-rowsform", "Rows of step ", this.stepInput, el("button.sb-button", { type: "submit" }, "Show"));
+      const show = el("button.sb-button", { type: "submit" }, "Show");
+      const form = el("form.sb-live-rowsform", "Rows of step ", this.stepInput, show);
       form.addEventListener("submit", (event) => {
         event.preventDefault();
         this.showRows(Number(this.stepInput.value), false);

@@ -21,6 +21,7 @@
 
     /** Ask now (or as soon as the answer under way is in). */
     soon() {
+      this.isWanted = true;
       clearTimeout(this.timer);
       if (!this.isAsking) this.timer = setTimeout(() => this.ask(), 0);
     }
@@ -36,6 +37,7 @@
       if (document.visibilityState !== "visible") return; // visibilitychange wakes it
       const began = Date.now();
       this.isAsking = true;
+      this.isWanted = false;
       const answer = await this.fetch();
       this.isAsking = false;
       this.plan(began);
@@ -67,9 +69,9 @@
 
     plan(began) {
       if (this.isStopped) return;
-      const calm = this.isAtRest ? AT_REST_MS : EVERY_MS;
-      const wait = this.failures ? Math.min(EVERY_MS * 2 ** (this.failures - 1), SLOWEST_MS) : calm - (Date.now() - began);
-      this.timer = setTimeout(() => this.ask(), Math.max(wait, 50));
+      const calm = (this.isAtRest ? AT_REST_MS : EVERY_MS) - (Date.now() - began);
+      const wait = this.failures ? Math.min(EVERY_MS * 2 ** (this.failures - 1), SLOWEST_MS) : calm;
+      this.timer = setTimeout(() => this.ask(), this.isWanted ? 0 : Math.max(wait, 50));
     }
   }
 

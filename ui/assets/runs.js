@@ -3,27 +3,32 @@
   "use strict";
   const signalbox = (window.signalbox ??= {});
   const { el, button, chip, send, say } = signalbox;
+  const LIVE = ["preparing", "running", "pausing", "stopping"];
   const GROUPS = {
     All: () => true,
-    "Going on": (run) => ["queued", "preparing", "running", "pausing", "stopping", "paused"].includes(run.state),
+    "Going on": (run) => ["queued", "paused", ...LIVE].includes(run.state),
     Finished: (run) => ["finished", "stopped"].includes(run.state),
     "Needs a look": (run) => ["failed", "diverged", "interrupted"].includes(run.state),
   };
+  const METHODS = { lora: "LoRA", qlora: "QLoRA", full: "full" };
+  const title = (run) => run.name || run.run_id;
   const figure = (value) => (value === null || value === undefined ? -Infinity : signalbox.numbers.number(value));
-  // title, what it sorts by (null: not at all), class
+  // heading, what it sorts by (null: not at all), class of its cells
   const COLUMNS = [
     ["State", (run) => run.state, ""],
     ["Name", (run) => title(run).toLowerCase(), ""],
     ["Model, data, profile", (run) => `${run.model} ${run.data}`.toLowerCase(), ""],
-    ["Steps", (run) => figure(run.step), "sb-right"],
-    ["Loss, best held-out", (run) => figure(run.loss), "sb-right"],
-    ["Peak memory", (run) => figure(run.peak_gib), "sb-right"],
-    ["When, how long", (run) => figure(run.began), "sb-right"],
-    ["Disk", (run) => figure(run.bytes), "sb-right"],
-    ["", null, "sb-right"],
+    ["Steps", (run) => figure(run.step), ".sb-right"],
+    ["Loss, best held-out", (run) => figure(run.loss), ".sb-right"],
+    ["Peak memory", (run) => figure(run.peak_gib), ".sb-right"],
+    ["When, how long", (run) => figure(run.began), ".sb-right"],
+    ["Disk", (run) => figure(run.bytes), ".sb-right"],
+    ["", null, ".sb-right"],
   ];
-  const title = (run) => run.name || run.run_id;
+  const BY_TIME = 6;
+  const AGES_MS = 30_000;
   const base = (run) => `api/runs/${encodeURIComponent(run.run_id)}`;
+  const board = (run) => `live?run=${encodeURIComponent(run.run_id)}`;
 
   class RunsList {
     constructor(element) {
@@ -32,7 +37,7 @@
       this.may = {};
       this.mark = "";
       this.group = "All";
-      this.order = { by: 6, down: true };
+      this.order = { by: BY_TIME, down: true };
       this.build();
       this.poller = new signalbox.Poller(element, {
         address: () => `api/runs?h=${this.mark}`,
@@ -44,17 +49,27 @@
     }
 
     build() {
-      this.search = el("input.sb-input", { type: "search", placeholder: "Find by name, model, data …", "aria-label": "Find a run" });
+      const find = { type: "search", placeholder: "Find by name, model, data …", "aria-label": "Find a run" };
+      this.search = el("input.sb-input", find);
       this.search.addEventListener("input", () => this.show());
-      this.groups = Object.keys(GROUPS).map((name) => [name, button(name, () => this.choose(name), "", { class: "sb-button sb-runs-group" })]);
+      this.groups = Object.keys(GROUPS).map((name) => {
+        const settings = { class: "sb-button sb-runs-group" };
+        return [name, button(name, () => this.choose(name), "", settings)];
+      });
+      this.heads = COLUMNS.map(([name, key, kind], at) => {
+        const sorter = key && el("button.sb-runs-sort", { type: "button", onclick: () => this.sort(at) }, name);
+        return el(`th${kind}`, { scope: "col" }, sorter || el("span.sb-hidden", "Actions"));
+      });
       this.said = el("p.sb-help", { role: "status" });
-      this.heads = COLUMNS.map(([name, key, kind], at) => el(`th${kind ? `.${kind}` : ""}`, { scope: "col" },
-        key ? el("button.sb-runs-sort", { type: "button", onclick: () => this.sort(at) }, name) : el("span.sb-hidden", "Actions")));
       this.body = el("tbody");
-      this.table = el("table.sb-table.sb-runs-table", el("caption.sb-hidden", "Runs"), el("thead", el("tr", this.heads)), this.body);
+      const caption = el("caption.sb-hidden", "Runs");
+      this.table = el("table.sb-table.sb-runs-table", caption, el("thead", el("tr", this.heads)), this.body);
       this.dialog = el("dialog.sb-runs-dialog", { "aria-labelledby": "sb-runs-title" });
-      const head = el("div.sb-runs-head", el("h1.sb-title", "Runs"), el("div.sb-runs-tools", this.search, el("div.sb-runs-groups", { role: "group", "aria-label": "Which runs" }, this.groups.map(([, node]) => node))));
-      this.root.replaceChildren(el("div.sb-runs", head, el("section.sb-panel.sb-runs-panel", this.table, this.said), this.dialog));
+      const nodes = this.groups.map(([, node]) => node);
+      const which = el("div.sb-runs-groups", { role: "group", "aria-label": "Which runs" }, nodes);
+      const head = el("div.sb-runs-head", el("h1.sb-title", "Runs"), el("div.sb-runs-tools", this.search, which));
+      const panel = el("section.sb-panel.sb-runs-panel", this.table, this.said);
+      this.root.replaceChildren(el("div.sb-runs", head, panel, this.dialog));
     }
 
     onAnswer(answer) {
@@ -63,8 +78,9 @@
       if (answer.runs) {
         this.runs = answer.runs;
         this.may = answer.may;
-        this.show();
       }
+      // an unchanged list is left alone, so that a click never meets a row that was just replaced; ages are told anew
+      if (answer.runs || Date.now() - this.shownAt > AGES_MS) this.show();
     }
 
     onSilence(since) {
@@ -78,64 +94,85 @@
     }
 
     sort(at) {
-      this.order = { by: at, down: this.order.by === at ? !this.order.down : at > 2 };
+      const down = this.order.by === at ? !this.order.down : at >= 3;
+      this.order = { by: at, down };
       this.show();
     }
 
-    /** The runs that fit the group and every word searched for, in order. */
+    /** The runs of the group that hold every word searched for, in order. */
     get chosen() {
       const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-      const text = (run) => [run.run_id, run.name, run.why, run.model, run.data, run.profile, run.state, run.method].join(" ").toLowerCase();
+      const fits = (run) => {
+        const parts = [run.run_id, run.name, run.why, run.model, run.data, run.profile, run.state, run.method];
+        const text = parts.join(" ").toLowerCase();
+        return GROUPS[this.group](run) && words.every((word) => text.includes(word));
+      };
       const key = COLUMNS[this.order.by][1], sign = this.order.down ? -1 : 1;
       const compare = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) * sign;
-      return this.runs.filter((run) => GROUPS[this.group](run) && words.every((word) => text(run).includes(word))).sort(compare);
+      return this.runs.filter(fits).sort(compare);
     }
 
     show() {
+      this.shownAt = Date.now();
       const runs = this.chosen, focused = document.activeElement?.dataset?.key;
       for (const [name, node] of this.groups) {
         say(node, `${name} ${this.runs.filter(GROUPS[name]).length}`);
         node.setAttribute("aria-pressed", String(name === this.group));
       }
-      this.heads.forEach((head, at) => head.setAttribute("aria-sort", at !== this.order.by ? "none" : this.order.down ? "descending" : "ascending"));
+      this.heads.forEach((head, at) => {
+        const direction = this.order.down ? "descending" : "ascending";
+        head.setAttribute("aria-sort", at === this.order.by ? direction : "none");
+      });
       this.body.replaceChildren(...runs.map((run) => this.row(run)));
       this.table.hidden = !runs.length;
       if (focused) this.body.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
-      if (!this.runs.length) this.said.replaceChildren("No runs yet. ", el("a", { href: "./" }, "Start one on Train"), ".");
+      const none = ["No runs yet. ", el("a", { href: "./" }, "Start one on Train"), "."];
+      if (!this.runs.length) this.said.replaceChildren(...none);
       else say(this.said, runs.length ? "" : "No run fits. Clear the search, or choose All.");
     }
 
+    // ---- one line --------------------------------------------------------------------------------------------
+
     row(run) {
-      const n = signalbox.numbers, open = `live?run=${encodeURIComponent(run.run_id)}`;
-      const method = { lora: `LoRA r${run.rank}`, qlora: `QLoRA r${run.rank}`, full: "full" }[run.method];
+      const n = signalbox.numbers, help = (text) => text && el("p.sb-help", text);
+      const method = run.method && (run.method === "full" ? "full" : `${METHODS[run.method]} r${run.rank}`);
+      const made = [(run.data ?? []).join(", "), run.profile ?? "no profile", method].filter(Boolean).join(" · ");
       const of = run.total && run.total !== run.step ? ` / ${n.count(run.total)}` : "";
+      const began = run.began && new Date(run.began * 1000).toISOString();
       const cells = [
         [chip(run.state)],
-        [el("a", { href: open, data: { key: `open ${run.run_id}` } }, title(run)), run.why && el("p.sb-help", run.why), run.cause && el("p.sb-help", run.cause)],
-        [run.model || "–", el("p.sb-help", [(run.data ?? []).join(", "), run.profile ?? "no profile", method].filter(Boolean).join(" · "))],
+        [el("a", { href: board(run), data: { key: `open ${run.run_id}` } }, title(run)), help(run.why), help(run.cause)],
+        [run.model || "–", help(made)],
         [`${n.count(run.step)}${of}`],
-        [n.loss(run.loss), el("p.sb-help", `best ${n.loss(run.best)}`)],
+        [n.loss(run.loss), help(`best ${n.loss(run.best)}`)],
         [n.memory(run.peak_gib === "nan" ? null : run.peak_gib)],
-        [el("time", { title: new Date((run.began ?? 0) * 1000).toISOString() }, n.when(run.began, Date.now() / 1000)), el("p.sb-help", n.duration(run.seconds))],
+        [el("time", { title: began }, n.when(run.began, Date.now() / 1000)), help(n.duration(run.seconds))],
         [n.disk(run.bytes)],
         [this.actions(run)],
       ];
-      return el("tr", cells.map((content, at) => el(`td${COLUMNS[at][2] ? `.${COLUMNS[at][2]}` : ""}`, { data: { title: COLUMNS[at][0] } }, content.filter(Boolean))));
+      return el("tr", cells.map((content, at) => {
+        const [name, , kind] = COLUMNS[at];
+        return el(`td${kind}`, { data: { title: name } }, content.filter(Boolean));
+      }));
     }
 
     actions(run) {
-      const small = (word, act, key) => button(word, act, "", { class: "sb-button sb-small", data: { key: `${key} ${run.run_id}` } });
-      const isLive = ["preparing", "running", "pausing", "stopping"].includes(run.state);
+      const act = (word, key, onclick) => {
+        const settings = { class: "sb-button sb-small", data: { key: `${key} ${run.run_id}` } };
+        return button(word, onclick, "", settings);
+      };
+      const canResume = this.may.resume && run.allowed.includes("resume") && run.saved_step !== null;
+      const canDelete = this.may.delete && run.to_type && !LIVE.includes(run.state);
       return el("span.sb-runs-actions",
-        this.may.resume && run.allowed.includes("resume") && run.saved_step !== null && small("Resume", () => this.resume(run), "resume"),
-        this.may.note && run.to_type && small("Name …", () => this.rename(run), "name"),
-        this.may.delete && run.to_type && !isLive && small("Delete …", () => this.confirm(run), "delete"));
+        canResume && act("Resume", "resume", () => this.resume(run)),
+        this.may.note && run.to_type && act("Name …", "name", () => this.rename(run)),
+        canDelete && act("Delete …", "delete", () => this.confirm(run)));
     }
 
     async resume(run) {
       try {
         await send(`${base(run)}/command`, { command: "resume" });
-        location.href = `live?run=${encodeURIComponent(run.run_id)}`;
+        location.href = board(run);
       } catch (error) {
         this.ask("Cannot resume", [el("p", error.message)], []);
       }
@@ -149,12 +186,17 @@
     }
 
     confirm(run) {
-      const typed = el("input.sb-input", { type: "text", autocomplete: "off", spellcheck: "false", "aria-label": "The run's name" });
-      const text = [
-        el("p", `Deletes its curve, its log and every checkpoint: ${signalbox.numbers.disk(run.bytes)}. This cannot be undone.`),
-        el("p", "Type the name to confirm:"), el("p", el("code", run.to_type)), typed,
+      const size = signalbox.numbers.disk(run.bytes);
+      const settings = { type: "text", autocomplete: "off", spellcheck: "false", "aria-label": "The run's name" };
+      const typed = el("input.sb-input", settings);
+      const content = [
+        el("p", `Deletes its curve, its log and every checkpoint: ${size}. This cannot be undone.`),
+        el("p", "Type the name to confirm:"),
+        el("p", el("code", run.to_type)),
+        typed,
       ];
-      this.ask(`Delete ${title(run)}?`, text, [["Delete", "danger", () => send(`${base(run)}/delete`, { name: typed.value })]]);
+      const remove = () => send(`${base(run)}/delete`, { name: typed.value });
+      this.ask(`Delete ${title(run)}?`, content, [["Delete", "danger", remove]]);
       const act = this.dialog.querySelector(".sb-danger");
       const fits = () => (act.disabled = typed.value.trim() !== run.to_type);
       typed.addEventListener("input", fits);
@@ -166,18 +208,20 @@
     ask(heading, content, actions) {
       const refusal = el("p.sb-tone-bad", { role: "alert" });
       const close = () => this.dialog.close();
-      const buttons = actions.map(([word, kind, act]) => button(word, async (event) => {
-        event.target.disabled = true;
+      const attempt = (act) => async ({ target }) => {
+        target.disabled = true;
         try {
           await act();
           close();
           this.poller.soon();
         } catch (error) {
           refusal.textContent = error.message;
-          event.target.disabled = false;
+          target.disabled = false;
         }
-      }, kind));
-      this.dialog.replaceChildren(el("h2", { id: "sb-runs-title" }, heading), ...content, refusal, el("div.sb-runs-buttons", button(actions.length ? "Cancel" : "Close", close), buttons));
+      };
+      const buttons = actions.map(([word, kind, act]) => button(word, attempt(act), kind));
+      const row = el("div.sb-runs-buttons", button(actions.length ? "Cancel" : "Close", close), buttons);
+      this.dialog.replaceChildren(el("h2", { id: "sb-runs-title" }, heading), ...content, refusal, row);
       this.dialog.showModal();
     }
   }

@@ -10,7 +10,12 @@
   const by = (id) => document.getElementById(id);
   const fieldOf = (key) => by(`f-${key.replaceAll(".", "-")}`);
 
-  signalbox.train = (element, trigger, watch, props) => {
+  const PARTS = ["train-toolbar", "train-first", "gate", "train-view", "train-bottom", "f-hyperparams-method"];
+
+  /** Gradio puts the parts of a page in place in no fixed order; begin when all of them are there. */
+  signalbox.train = (...given) => (PARTS.every(by) ? begin(...given) : setTimeout(() => signalbox.train(...given), 20));
+
+  function begin(element, trigger, watch, props) {
     const root = by("train");
     const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0, texts: new Map(), sending: Promise.resolve() };
 
@@ -319,7 +324,10 @@
     }
 
     const CLICKS = {
-      "[data-act]": (button) => act(JSON.parse(button.dataset.act)),
+      "[data-act]": (button) => {
+        act(JSON.parse(button.dataset.act));
+        if (by("train-suggestions").contains(button)) drawer("train-suggestions", false);
+      },
       "[data-goto]": (button) => goTo(button.dataset.goto),
       "[data-closes]": (button) => drawer(button.dataset.closes, false),
       "[data-backup]": putBack,
@@ -374,11 +382,12 @@
       if (signal.said) message(signal.said);
       ask();
     });
+    addEventListener("focus", ask);
     addEventListener("pagehide", () => flush(true));
     root.addEventListener("focusout", () => flush());
     document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());
     view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);
     ask();
-  };
+  }
 })();

@@ -14,10 +14,13 @@ SCRIPTS = (
     "poller.js",
     "live_model.js",
     "charts.js",
+    "run_charts.js",
     "live_actions.js",
     "live_end.js",
     "run_tabs.js",
     "live_panels.js",
+    "live_layout.js",
+    "live_head.js",
     "live.js",
 )
 

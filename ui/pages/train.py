@@ -28,7 +28,7 @@ from ui.guard import require
 from ui.pages import train_parts as parts
 from ui.routes import asset_url
 from ui.site import Site
-from ui.train_actions import METHOD, RATE, act_of, apply, changed_by_hand
+from ui.train_actions import METHOD, RATE, act_of, apply, changed_by_hand, check_paths
 
 # what the bus carries to the page's script: the draft's revision, which tells it to ask for the new state
 _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
@@ -78,13 +78,14 @@ def _listen(site: Site, form: Form, bus: gr.HTML) -> None:
         component.input(handler, [component], outputs, trigger_mode="always_last", **quiet)
 
     def on_load(request: gr.Request) -> dict[Any, Any]:
-        caller = require(request, "see")
+        caller = require(request, "check")
         return _shown(site, form, bus, site.drafts.read(caller.session), None)
 
     def on_act(request: gr.Request, event: gr.EventData) -> dict[Any, Any]:
         caller = require(request, "save_config")
         try:
             act = act_of(event._data)
+            check_paths(site, caller, act.values)
             before = _state(site, site.drafts.read(caller.session))
             draft = site.drafts.change(caller.session, lambda draft: apply(site, draft, act))
         except Refusal as refusal:
@@ -100,6 +101,7 @@ def _on_change(site: Site, form: Form, info: FieldInfo, bus: gr.HTML) -> Callabl
         caller = require(request, "save_config")
         text = from_component(info, value)
         try:
+            check_paths(site, caller, {info.key: text})
             draft = site.drafts.change(caller.session, lambda draft: changed_by_hand(site, draft, info.key, text))
         except Refusal as refusal:
             return {bus: _signal(site.drafts.read(caller.session), refusal.message)}
