@@ -62,8 +62,8 @@ def server(workspace: Path):
             process.kill()
 
 
-def open_when_ready(page: Page, address: str, limit_s: float = 60.0) -> None:
-    """Load the Train page as soon as the server answers, until Start can be seen."""
+def open_when_ready(page: Page, address: str, limit_s: float = 60.0, first_time: bool = False) -> None:
+    """Load the Train page as soon as the server answers, until its main button can be seen."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -71,12 +71,18 @@ def open_when_ready(page: Page, address: str, limit_s: float = 60.0) -> None:
                 break
         time.sleep(0.02)
     page.goto(address, wait_until="commit")
-    page.get_by_role("button", name="Start training").first.wait_for(state="visible", timeout=limit_s * 1000)
+    name = "Try it now" if first_time else "Start training"
+    page.get_by_role("button", name=name).first.wait_for(state="visible", timeout=limit_s * 1000)
 
 
 def starter(workspace: Path) -> None:
     """Write the starter model and data and register the data, once for all runs."""
-    subprocess.run([sys.executable, "-m", "trainer", "starter", "--workspace", str(workspace)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "trainer", "starter", "--workspace", str(workspace)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def choose(page: Page, label: str, text: str) -> None:
@@ -117,17 +123,25 @@ def one_run(browser: Browser, address: str, workspace: Workspace) -> dict[str, f
     """Start from the page, wait for the first point and thirty more, stop: seconds and bytes of each."""
     page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
     sizes: list[int] = []
-    page.on("response", lambda r: sizes.append(int(r.headers.get("content-length") or len(r.body()))) if FEED.search(r.url) else None)
+    page.on(
+        "response",
+        lambda r: sizes.append(int(r.headers.get("content-length") or len(r.body()))) if FEED.search(r.url) else None,
+    )
     page.goto(address)
     choose(page, "Model", "starter")
     choose(page, "Data", "starter")
     page.get_by_role("button", name="Start training").first.wait_for(state="visible")
-    page.wait_for_function("() => { const b = [...document.querySelectorAll('button')].find(b => b.innerText.trim() === 'Start training' && b.offsetParent); return b && !b.disabled }")
+    page.wait_for_function(
+        "() => { const b = [...document.querySelectorAll('button')].find(b => b.innerText.trim() === 'Start training' && b.offsetParent); return b && !b.disabled }"
+    )
     before = {run.run_id for run in workspace.list_runs()}
     clicked = time.perf_counter()
     page.get_by_role("button", name="Start training").first.click()
     run = newest_run(workspace, before)
-    page.wait_for_function("() => { const g = document.querySelectorAll('#sb-live .scatterlayer .trace path'); return [...g].some(p => (p.getAttribute('d') || '').length > 3) }", timeout=60_000)
+    page.wait_for_function(
+        "() => { const g = document.querySelectorAll('#sb-live .scatterlayer .trace path'); return [...g].some(p => (p.getAttribute('d') || '').length > 3) }",
+        timeout=60_000,
+    )
     first_point = time.perf_counter() - clicked
     while not len(read_records(run.metrics)) >= 1:
         time.sleep(0.01)
@@ -175,7 +189,9 @@ def tab_costs(browser: Browser, address: str, workspace: Workspace, window_steps
         found[tabs] += (records["seconds"] / records["tokens"]).tolist()
         for tab in pages:
             tab.close()
-    subprocess.run([sys.executable, "-m", "trainer", "stop", str(run.path), "--now"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "trainer", "stop", str(run.path), "--now"], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     context.close()
     alone = statistics.median(found[0])
     return {f"{tabs}_tabs_relative": statistics.median(values) / alone for tabs, values in found.items()}
@@ -207,7 +223,10 @@ def main() -> None:
     shutil.rmtree(folder)
     result["median"] = {
         "start_s": statistics.median(result["start_s"]),
-        **{key: statistics.median(run[key] for run in result["runs"]) for key in ("first_point_s", "update_bytes", "stop_saved_s")},
+        **{
+            key: statistics.median(run[key] for run in result["runs"])
+            for key in ("first_point_s", "update_bytes", "stop_saved_s")
+        },
     }
     target = ROOT / "benchmarks" / "results" / f"page-{time.strftime('%Y-%m-%d')}.json"
     target.write_text(json.dumps(result, indent=2) + "\n")
@@ -218,9 +237,14 @@ def conditions(repeat: int) -> dict[str, Any]:
     """What the figures are true for."""
     packages = ("gradio", "torch", "transformers", "plotly", "playwright")
     return {
-        "repeat": repeat, "cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages}, "load_at_start": os.getloadavg()[0],
-        "browser": "Chromium, headless, on the same machine", "model": "starter model, CPU, form defaults",
+        "repeat": repeat,
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "load_at_start": os.getloadavg()[0],
+        "browser": "Chromium, headless, on the same machine",
+        "model": "starter model, CPU, form defaults",
     }
 
 

@@ -51,7 +51,7 @@ def test_the_deep_check_agrees_with_torch_on_every_dtype(dtype: str, value: str,
     header = read_header(tmp_path / "a.safetensors")
     findings = Findings()
     check_numbers(tmp_path, Weights("safetensors", ("a.safetensors",), 0, {"a.safetensors": header}), findings)
-    assert bool(findings.problems) == (not bool(tensor.float().isfinite().all()))
+    assert bool(findings.problems) == (not bool(tensor.double().isfinite().all()))
 
 
 def test_the_deep_check_tells_lost_data_from_an_added_block(copy_of_model: Callable[[str], Path]) -> None:

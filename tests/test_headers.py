@@ -169,12 +169,12 @@ def scratch(tmp_path: Path) -> Path:
     return memory / f"signalbox-{os.getpid()}.safetensors"
 
 
-def test_twenty_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
+def test_eight_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
     try:
-        good, doubled = compare(20_000, 1, scratch)
+        good, doubled = compare(8_000, 1, scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    assert good > 1500 and doubled > 20 and 20_000 - good > 10_000, (good, doubled)
+    assert good > 600 and doubled > 8 and 8_000 - good > 4_000, (good, doubled)
 
 
 @pytest.mark.slow

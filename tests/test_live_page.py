@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ASSETS, ROOT, RunningApp
-from tests.made_runs import MadeRun
+from tests.made_runs import SPIKE_LOSS, MadeRun, write_long_run
 from trainer import control
 from trainer.workspace import Workspace
 from ui.pages import live, runs
@@ -26,13 +26,26 @@ PATIENCE_MS = 15_000
 
 
 @pytest.fixture
-def made(app: RunningApp) -> Iterator[MadeRun]:
+def make(app: RunningApp) -> Iterator[Callable[..., MadeRun]]:
+    """Makes runs in the server's workspace; they are gone after the test."""
+    runs: list[MadeRun] = []
+
+    def one(name: str, **settings: Any) -> MadeRun:
+        runs.append(MadeRun(Workspace(app.workspace).runs, name, **settings))
+        return runs[-1]
+
+    yield one
+    for run in runs:
+        run.remove()
+
+
+@pytest.fixture
+def made(make: Callable[..., MadeRun]) -> MadeRun:
     """A run of 200 steps that stands at step 30, on a GPU."""
-    run = MadeRun(Workspace(app.workspace).runs, "watched", gpu=True).start(200)
+    run = make("watched", gpu=True).start(200)
     for _ in range(30):
         run.step()
-    yield run
-    run.remove()
+    return run
 
 
 def drawn(page: Any, trace: int = 0) -> int:
@@ -165,7 +178,7 @@ def test_stop_asks_what_to_do_with_the_steps_and_sends_the_choice(page: Any, app
     row.get_by_role("button", name="Discard 12 steps…").click()
     assert "Discard 12 steps? Step 30 stays." in row.inner_text()
     row.get_by_role("button", name="Discard 12 steps").click()
-    wait_for(lambda: bool(list(made.run.control.iterdir())))
+    wait_for(lambda: bool(list(made.run.control.glob("*.json"))))
     assert [order.command for order in control.take(made.run.control)] == ["stop-now"]
     made.events.append("stopping", by="owner", now=True)
     made.end(
@@ -224,9 +237,11 @@ def test_every_end_says_first_what_is_safe_and_offers_the_next_step(
     assert not page.get_by_role("button", name="Stop", exact=True).count()
 
 
-def test_names_logs_and_samples_are_text_and_run_nothing(page: Any, app: RunningApp) -> None:
+def test_names_logs_and_samples_are_text_and_run_nothing(
+    page: Any, app: RunningApp, make: Callable[..., MadeRun]
+) -> None:
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    made = MadeRun(Workspace(app.workspace).runs, evil, why=evil).start()
+    made = make(evil, why=evil).start()
     made.step()
     made.events.append("log", text=evil)
     made.events.append("alert", code="spike", step=1, text=evil)
@@ -239,7 +254,6 @@ def test_names_logs_and_samples_are_text_and_run_nothing(page: Any, app: Running
     assert page.title() != "owned"
     assert page.locator(".sb-live img, .sb-live script").count() == 0
     assert evil in page.locator(".sb-live-title summary").inner_text()
-    made.remove()
 
 
 def test_the_curve_takes_the_colours_of_the_theme_and_changes_with_it(
@@ -296,6 +310,61 @@ def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: R
     assert re.fullmatch(
         r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 1 alert\.", line.inner_text()
     )
+
+
+def test_preparing_shows_its_steps_with_figures_and_draws_memory_already(
+    page: Any, app: RunningApp, make: Callable[..., MadeRun]
+) -> None:
+    made = make("early")
+    made.events.append("started", owner="owner", life=1)
+    made.events.append("phase", name="tokenise", done=8100, total=12408)
+    made.sample()
+    page.goto(f"{app.url}/live?run={made.run_id}")
+    steps = page.locator(".sb-live-preparing li")
+    steps.filter(has_text="tokenise 8,100/12,408").wait_for()
+    assert steps.all_inner_texts() == ["check", "tokenise 8,100/12,408", "first step"]
+    wait_until(page, "document.querySelector('.sb-chart-memory')?.data?.[0]?.x.length === 1")
+    assert page.locator(".sb-live-value").all_inner_texts()[:2] == ["–", "–"]
+    made.events.append("running", step=0)
+    made.events.append("phase", name="train")
+    made.step()
+    wait_until(page, f"document.querySelector('{LOSS}').layout.xaxis.ticksuffix === ''")  # from time to steps
+    page.locator(".sb-live-preparing").wait_for(state="hidden")
+
+
+def test_a_click_on_the_curve_opens_the_rows_of_that_step(page: Any, app: RunningApp, made: MadeRun) -> None:
+    open_board(page, app, made.run_id, 30)
+    box = page.locator(f"{LOSS} .nsewdrag").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
+    page.locator(f"{LOSS} .hoverlayer .hovertext, {LOSS} .hoverlayer .legend").first.wait_for()
+    page.mouse.down()
+    page.mouse.up()
+    page.get_by_text(re.compile(r"2 rows of step 1[45], highest loss first")).wait_for()
+
+
+def test_a_run_of_a_hundred_thousand_steps_opens_thinned_and_goes_on(page: Any, app: RunningApp, made: MadeRun) -> None:
+    write_long_run(made, 100_000, spike_at=33_333, nan_at=50_000)
+    made.events.append("rewind", step=100_000)
+    open_board(page, app, made.run_id, 1000)
+    assert drawn(page) <= 2000
+    assert page.evaluate(f"Math.max(...document.querySelector('{LOSS}').data[0].y)") == SPIKE_LOSS
+    before = drawn(page)
+    made.step()
+    wait_until(page, f"document.querySelector('{LOSS}').data[0].x.length === {before + 1}")
+    assert page.evaluate(f"document.querySelector('{LOSS}').data[0].x.at(-1)") == 100_001
+
+
+def test_without_a_run_the_page_says_what_the_machine_is_and_follows_the_next_one_by_itself(
+    page: Any, app: RunningApp, make: Callable[..., MadeRun]
+) -> None:
+    page.goto(f"{app.url}/live")
+    page.get_by_text(re.compile(r"^Idle · .+ GiB free")).wait_for()
+    assert page.get_by_role("link", name="Start a run").is_visible()
+    made = make("new one", gpu=True).start(50)
+    made.step()
+    wait_until(page, f"location.search === '?run={made.run_id}'")
+    made.end("finished", step=1)
+    page.get_by_text("Finished 1 step in").wait_for()
 
 
 def test_no_script_addresses_the_root_of_the_host_so_that_a_root_path_works() -> None:

@@ -105,7 +105,7 @@ class DataSettings(Section):
     @property
     def files(self) -> list[WeightedFile]:
         """All training files in order, the main one first with weight 1."""
-        first = [WeightedFile(path=self.dataset_path)] if self.dataset_path else []
+        first = [WeightedFile(path=self.dataset_path, weight=1.0)] if self.dataset_path else []
         return first + list(self.dataset_paths)
 
 

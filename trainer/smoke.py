@@ -19,7 +19,7 @@ from trainer.loop import smoke_checks as checks
 from trainer.loop.prepare import Left, build_model, pick_device, plan_of, safetensors_folder, split_rows, tokenise
 from trainer.machine import Machine
 from trainer.refusal import Refusal
-from trainer.report import Report
+from trainer.report import Report, Verdict
 from trainer.schema import Config
 from trainer.session import free_memory, used_gib
 from trainer.worker import Worker
@@ -130,7 +130,7 @@ def _memory_given_back(report: Report, here: Machine, before_gib: float) -> None
         )
         return
     kept = after - before_gib
-    status = "pass" if kept < 0.1 else "problem"
+    status: Verdict = "pass" if kept < 0.1 else "problem"
     report.add(
         "memory_back",
         status,

@@ -17,6 +17,7 @@ from ui.form_state import changed_titles
 from ui.gate_facts import Action, DataFact, Facts, GateLine, Offer, Status
 
 _ORDER: dict[Status, int] = {"problem": 0, "warning": 1, "not-run": 2, "pass": 3, "not-possible": 4}
+_SIGNS = {"pass": "✓", "problem": "✕", "not-possible": "–"}
 RATE_FACTOR = 5.0
 """A learning rate this many times that of the last good run, or less than one over it, is worth a warning."""
 
@@ -277,7 +278,7 @@ def _smoke(config: Config, facts: Facts) -> GateLine:
     fact = facts.smoke
     if fact is None:
         return GateLine("smoke", "not-run", "Smoke test: not run for these settings.")
-    more = tuple(f"{status}: {text}" for status, text in fact.lines)
+    more = tuple(f"{_SIGNS[status]} {text}" for status, text in fact.lines)
     fields = tuple(fact.judged)
     if fact.state == "running":
         doing = f": {fact.doing}" if fact.doing else ""

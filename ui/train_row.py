@@ -26,7 +26,7 @@ def row_of(site: Site, caller: Caller, query: dict[str, Any]) -> dict[str, Any]:
     state = form_state(site.workspace, site.config_path, site.drafts.read(caller.session))
     config = state.config
     number = str(query.get("n", "1"))
-    row = max(1, int(number)) if number.isdigit() and len(number) < 10 else 1
+    row = max(1, int(number)) if number.isdecimal() and len(number) < 10 else 1
     if config is None:
         return _nothing("Mend the settings to see a row.")
     profile = profile_facts(site, config)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.loader import assemble
+from trainer.data.render import token_texts
 from trainer.data.tokens import load_tokenizer
 from trainer.launch import Prompt
 from trainer.loop import prepare
@@ -37,14 +38,11 @@ def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Wo
     documents = []
     for number, row in enumerate(batch.rows):
         file, line, _ = (int(value) for value in np.asarray(cache.source)[row])
+        places = range(borders[number], borders[number + 1])
+        texts = token_texts(tokenizer, [ids[at] for at in places])
         pieces = [
-            {
-                "text": tokenizer.decode([ids[at]]),
-                "id": ids[at],
-                "position": positions[at],
-                "trained": at in trained,
-            }
-            for at in range(borders[number], borders[number + 1])
+            {"text": text, "id": ids[at], "position": positions[at], "trained": at in trained}
+            for at, text in zip(places, texts, strict=True)
         ]
         documents.append(
             {

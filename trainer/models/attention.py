@@ -100,7 +100,7 @@ def _varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.unsqueeze(0)
+    return out.unsqueeze(0)  # type: ignore[union-attr]  # a tuple only where aux values are asked for
 
 
 def _flash(
@@ -193,7 +193,7 @@ def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any)
     """No mask tensor for our own function; a caller with padding gets transformers' own."""
     if attention_mask is None:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
 
 def choose_kernel(device: str) -> str:

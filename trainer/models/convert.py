@@ -142,7 +142,8 @@ def load_tensors(path: Path) -> Tensors:
     return {name: value.detach() for name, value in content.items()}
 
 
-def _view(tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What makes two tensors the same numbers in memory: storage, offset, shape and strides."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 

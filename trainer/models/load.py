@@ -48,7 +48,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     try:
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         _forget_kernels(config)
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
             dtype=dtype,
@@ -65,6 +65,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
             f"Cannot load the model {base.name}: {reason}. `python -m trainer check-model` names the file.",
             "model_path",
         ) from error
+    model, report = loaded
     missing = sorted(report.get("missing_keys") or [])
     if missing:  # transformers fills these with random numbers and goes on
         raise Refusal(

@@ -4,7 +4,8 @@
   "use strict";
   const signalbox = (window.signalbox ??= {});
 
-  const ROW_GAP = 0.32; // share of a row's height that its title takes
+  const ROW_GAP = 0.22; // share of a row's height that its title takes
+  const NARROW_PX = 500;
   const MARGIN = { l: 44, r: 12, t: 10, b: 24 };
   const UNITS = [["s", 1, 180], ["min", 60, 10_800], ["h", 3600, Infinity]];
 
@@ -101,7 +102,8 @@
       const words = isTime
         ? { tickformat: "~g", ticksuffix: ` ${unit}`, tickprefix: "", unifiedhovertitle: { text: `%{x:.3~g} ${unit}` } }
         : { tickformat: ",d", ticksuffix: "", tickprefix: "step ", unifiedhovertitle: { text: "step %{x:,.0f}" } };
-      const line = { showgrid: false, linecolor: ink.line, showline: true, nticks: 10, showtickprefix: "first" };
+      const nticks = this.box.clientWidth < NARROW_PX ? 5 : 10;
+      const line = { showgrid: false, linecolor: ink.line, showline: true, nticks, tickangle: 0, showtickprefix: "first" };
       return { ...line, ...words, autorange: false, range: this.xRange() };
     }
 

@@ -49,7 +49,7 @@
   function finished(model, end, n) {
     const { best, best_step: bestStep } = model.status, { clock } = model;
     const took = clock.y.length ? ` in ${n.duration(model.worked(model.last(clock)) - model.worked(model.began))}` : "";
-    const title = `Finished ${n.count(model.fast.step)} steps${took}${end.cause ? `: ${end.cause}` : ""}.`;
+    const title = `Finished ${steps(model.fast.step, n)}${took}${end.cause ? `: ${end.cause}` : ""}.`;
     const bestText = best == null ? null : `Best held-out loss ${n.loss(best)} at step ${n.count(bestStep)}.`;
     return { title, lines: [sentence(saved(model, end, n), bestText, freed(model, end, n))] };
   }

@@ -36,11 +36,11 @@
   }
 
   function title() {
-    const name = el("summary"), facts = el("dl.sb-live-facts");
+    const name = el("h1"), facts = el("dl.sb-live-facts");
     return {
       title: name,
       facts,
-      details: el("details.sb-live-title", name, facts),
+      details: el("details.sb-live-title", el("summary", name), facts),
       model: el("span.sb-live-model.sb-help"),
       state: el("span.sb-live-state"),
     };

@@ -89,14 +89,15 @@ def fit_html(memory: MemoryFact | None) -> str:
         return ""
     scale = max(memory.needs_gib, memory.free_gib)
     segments = "".join(
-        f'<i class="sb-part-{n % 5}" style="width:{gib / scale:.2%}"></i>' for n, (_, gib) in enumerate(memory.parts)
+        f'<i class="sb-part-{n % 6}" style="width:{gib / scale:.2%}"></i>' for n, (_, gib) in enumerate(memory.parts)
     )
     free_at = f"{memory.free_gib / scale:.2%}"
     over = " sb-over" if memory.needs_gib > memory.free_gib else ""
     rows = "".join(
-        f'<tr><td><i class="sb-swatch sb-part-{n % 5}"></i>{html.escape(name)}</td>'
+        f'<tr><td><i class="sb-swatch sb-part-{n % 6}"></i>{html.escape(name)}</td>'
         f'<td class="sb-right">{numbers.memory(gib)}</td></tr>'
         for n, (name, gib) in enumerate(memory.parts)
+        if gib * 1024 >= 0.5  # a part of less than a MiB would read as 0
     )
     words = f"about {numbers.memory(memory.needs_gib)} of {numbers.memory(memory.free_gib)} free"
     return (
