@@ -206,7 +206,7 @@ def _check_model(arguments: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         for entry in report["problems"] + report["warnings"]:
-            print(f"{entry['file'] or arguments.path}: {entry['message']} {entry['fix']}")
+            print(f"{entry['file'] or arguments.path}: {entry['message']}. {entry['fix']}")
         print(f"{'Valid' if report['valid'] else 'Not valid'}: {report['kind']}, {arguments.path}")
     return 0 if report["valid"] else 1
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import profiles
+from trainer.files import read_json
 from trainer.machine import Machine
+from trainer.models.adapter import base_path
 from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
 from trainer.schema import Config
@@ -71,12 +72,10 @@ def fingerprint(path: Path) -> str:
 
 
 def base_of(adapter: Path) -> Path:
-    """The base model's directory that an adapter names; Refusal when it is not a directory of this machine."""
-    named = json.loads((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path") or ""
-    base = Path(named)
-    if not base.is_absolute():
-        base = adapter.parent / named
-    if not named or not (base / "config.json").exists():
+    """The base model's directory that an adapter names, beside it if need be; Refusal when it is not on this machine."""
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    base = base_path(named, adapter, [adapter.parent]) if named else None
+    if base is None:
         raise Refusal(
             f"The adapter {adapter.name} belongs to the base model '{named}', which is not a folder here. Put it beside it.",
             "model_path",

@@ -87,6 +87,11 @@ window.signalbox.frame = (element) => {
     setTimeout(() => (button.textContent = before), 1500);
   };
 
+  // with Gradio's <base>, "#sb-main" alone would lead to the first page
+  element.querySelector(".sb-skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    element.querySelector("#sb-main").focus();
+  });
   document.title = page === "Train" ? "Signalbox" : `${page} · Signalbox`;
   element.querySelector("#sb-share").addEventListener("toggle", (event) => event.newState === "open" && share());
   if (!window.signalbox.copies) {

@@ -68,7 +68,8 @@
 
     choose(id) {
       this.chosen = id;
-      history.replaceState(null, "", `#${encodeURIComponent(id)}`);
+      // with the path: Gradio's <base> makes a bare "#…" another page
+      history.replaceState(null, "", `${location.pathname}${location.search}#${encodeURIComponent(id)}`);
       this.draw(this.items);
     }
 
@@ -81,10 +82,11 @@
         return;
       }
       if (!this.table.isConnected) this.list.replaceChildren(this.table);
-      if (!items.some((item) => item.id === this.chosen)) this.chosen = items[0].id;
+      // what was chosen may not be listed yet (just uploaded) or no longer: the wish stays, the first one is shown
+      this.current = items.find((item) => item.id === this.chosen) ?? items[0];
       const rows = new Map();
       for (const item of items) {
-        const mark = JSON.stringify([item, item.id === this.chosen]);
+        const mark = JSON.stringify([item, item === this.current]);
         const before = this.rows.get(item.id);
         rows.set(item.id, before?.mark === mark ? before : { mark, node: this.row(item, before) });
       }
@@ -92,12 +94,12 @@
       const nodes = [...rows.values()].map((row) => row.node);
       if (nodes.length !== this.body.children.length || nodes.some((node, at) => this.body.children[at] !== node))
         this.body.replaceChildren(...nodes);
-      this.show(items.find((item) => item.id === this.chosen));
+      this.show(this.current);
     }
 
     row(item, before) {
       const { el, chip } = signalbox;
-      const current = item.id === this.chosen;
+      const current = item === this.current;
       const name = el("button.sb-link", { type: "button", onclick: () => this.choose(item.id) }, item.name);
       name.setAttribute("aria-pressed", String(current));
       const cells = item.cells.map((text, at) => el(this.isFigure[at] ? "td.sb-right" : "td", text));
@@ -148,7 +150,7 @@
       const ask = async () => {
         control.disabled = true;
         try {
-          await signalbox.send(`api/${this.kind}/${encodeURIComponent(this.chosen)}/${what}`, options);
+          await signalbox.send(`api/${this.kind}/${encodeURIComponent(this.current.id)}/${what}`, options);
           say(said, "");
           this.shown = "";
           await this.soon();
