@@ -98,9 +98,11 @@ def test_what_cannot_train_blocks_the_start(case: str) -> None:
     assert len(stops) == 1 and words in stops[0].text
 
 
+TO_LORA = Offer("LoRA", {"hyperparams.method": "lora"}, 9.4, "")
+FASTER = Change("hyperparams.learning_rate", "Learning rate", 2e-4, 2e-3)
 ONLY_WARNS = {
     "does not fit now": (
-        replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 9.0, offers=(Offer("LoRA", {"hyperparams.method": "lora"}, 9.4, ""),))),
+        replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 9.0, offers=(TO_LORA,))),
         config(),
         "Needs about 26.1 GiB (±10 %); 23.1 GiB is free. This makes it fit:",
     ),
@@ -123,7 +125,7 @@ ONLY_WARNS = {
         "Smoke test: failed 1 of 12: the model does not see your prompt. Start is still possible.",
     ),
     "rate far from last": (
-        replace(GOOD, last_good="run 7", last_changes=(Change("hyperparams.learning_rate", "Learning rate", 2e-4, 2e-3),)),
+        replace(GOOD, last_good="run 7", last_changes=(FASTER,)),
         config(learning_rate=2e-3),
         "Learning rate is 2e-3, 10 times that of your last good run.",
     ),

@@ -129,6 +129,10 @@ def test_what_the_old_file_says_is_all_that_is_kept(tmp_path: Path) -> None:
             {"load_in_4bit": False, "hyperparams": {"method": "qlora"}},
             ("load_in_4bit is false", 'hyperparams.method is "qlora"'),
         ),
+        (
+            {"load_in_4bit": False, "lora_r": 8, "hyperparams": {"method": "qlora"}},
+            ("load_in_4bit is false", 'hyperparams.method is "qlora"'),
+        ),
         ({"use_qlora": True, "lora_r": 0}, ("use_qlora is true", "lora_r is 0")),
         (
             {"model_path": "/a", "model": {"model_path": "/b"}},
@@ -167,9 +171,7 @@ def test_rank_and_bits_mean_a_method(tmp_path: Path, content: Any, method: str, 
 
 
 def test_saving_and_held_out_keys_may_stand_among_the_hyperparameters(tmp_path: Path) -> None:
-    content = {
-        "hyperparams": {"save_steps": 7, "save_total_limit": 2, "eval_steps": 9, "eval_strategy": "no"}
-    }
+    content = {"hyperparams": {"save_steps": 7, "save_total_limit": 2, "eval_steps": 9, "eval_strategy": "no"}}
     config = ConfigLoader.load(written(tmp_path, content))
     assert (config.output.save_steps, config.output.save_total_limit) == (7, 2)
     assert (config.eval.eval_steps, config.eval.eval_strategy) == (9, "no")

@@ -200,6 +200,7 @@ def test_a_page_asks_no_other_host_and_its_console_stays_empty(app_url: str, pag
 
 @pytest.mark.browser
 def test_the_header_is_the_same_on_every_page_and_says_where_one_is(app_url: str, page: Any) -> None:
+    places = set()
     for path, title in zip(PAGES, ("Train", "Live", "Runs", "Data", "Models"), strict=True):
         page.goto(f"{app_url}/{path}")
         page.wait_for_selector("#sb-status .sb-glyph")
@@ -207,6 +208,12 @@ def test_the_header_is_the_same_on_every_page_and_says_where_one_is(app_url: str
         assert page.locator(".sb-nav a[aria-current=page]").inner_text() == title
         assert page.locator("#sb-status").inner_text().startswith("idle · ")
         assert not page.locator(".nav-holder, footer").first.is_visible()
+        places.add(str(page.evaluate("[...document.querySelectorAll('.sb-nav a')].map(a => a.offsetLeft)")))
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "sb-main", "the first stop of the keyboard skips the header"
+        assert page.url.rstrip("/") == f"{app_url}/{path}".rstrip("/")
+    assert len(places) == 1, "the pages stand at the same place in every header"
 
 
 @pytest.mark.browser

@@ -250,8 +250,8 @@ def test_every_field_says_what_it_is_to_a_screen_reader(train: Any) -> None:
         const input = field.querySelector('input, textarea');
         const named = input.getAttribute('aria-label') || input.closest('label')?.textContent.trim()
           || field.querySelector('[data-testid="block-info"]')?.textContent.trim();
-        const described = (input.getAttribute('aria-describedby') || '').split(' ').every((id) => document.getElementById(id));
-        return !named || !described || !input.getAttribute('aria-describedby');
+        const described = input.getAttribute('aria-describedby');
+        return !named || !described || !described.split(' ').every((id) => document.getElementById(id));
       }).map((field) => field.id)""")
     assert bad == []
 

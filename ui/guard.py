@@ -98,11 +98,13 @@ class Caller:
 class Rules:
     """What the guard holds requests to.
 
-    `public_hosts`: further names the server answers to (a reverse proxy's). `share_port`: the second socket,
-    whose callers are viewers whatever name or address they use.
+    `public_hosts`: further names the server answers to (a reverse proxy's). `root_path`: where a reverse proxy shows
+    us, as "/box"; it may leave that in front of the path or take it away. `share_port`: the second socket, whose
+    callers are viewers whatever name or address they use.
     """
 
     public_hosts: tuple[str, ...] = ()
+    root_path: str = ""
     share_port: int | None = None
     viewers_see_rows: bool = False
 
@@ -167,6 +169,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        scope = self._below_root(scope)
         refusal = self._refuse(scope, headers)
         if refusal is not None:
             await self._answer(refusal, scope, receive, self._sealed(send, None))
@@ -202,6 +205,14 @@ class Guard:
         if path.startswith(GRADIO_CLOSED) and not path.startswith(GRADIO_OPEN):
             return PlainTextResponse("There is nothing at this address.\n", 404)
         return None
+
+    def _below_root(self, scope: Scope) -> Scope:
+        """The request as if we stood at the top: a proxy may leave our root path in front or take it away."""
+        root, path = self.rules.root_path, scope["path"]
+        if not root or not (path + "/").startswith(root + "/"):
+            return scope
+        rest = path[len(root) :] or "/"
+        return {**scope, "path": rest, "raw_path": rest.encode("latin-1", "replace")}
 
     def _knows(self, host: str) -> bool:
         name, _, port = host.rpartition(":") if re.search(r":\d+$", host) else (host, "", "")

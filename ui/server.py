@@ -117,7 +117,7 @@ class Server:
         self._sockets = [listening]
         self._ended = ended
         self.exit_code = 0
-        self.guard = create_app(site, rules=Rules(tuple(public_hosts)), root_path=root_path, restart=self.restart)
+        self.guard = create_app(site, rules=Rules(tuple(public_hosts), root_path), restart=self.restart)
         config = uvicorn.Config(
             self.guard,
             proxy_headers=False,

@@ -63,11 +63,12 @@ def _line(line: GateLine) -> str:
     if line.more:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in line.more)
         more = f'<details data-fold="{html.escape(line.code)}"><summary>More</summary><ul>{items}</ul></details>'
+    offers = f"<div class=sb-offers>{actions}</div>" if actions else ""
     return (
         f'<li class="sb-tone-{tone}{stale}" data-code="{html.escape(line.code)}" '
         f'data-fields="{html.escape(" ".join(line.fields))}">{glyph(_GLYPHS[line.status])}'
-        f'<span class="sb-line-text"><span class="sb-hidden">{_WORDS[line.status]}: </span>{html.escape(line.text)}</span>'
-        f"{f'<div class=sb-offers>{actions}</div>' if actions else ''}{more}</li>"
+        f'<span class="sb-line-text"><span class="sb-hidden">{_WORDS[line.status]}: </span>'
+        f"{html.escape(line.text)}</span>{offers}{more}</li>"
     )
 
 
