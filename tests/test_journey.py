@@ -65,7 +65,11 @@ def test_from_an_uploaded_file_to_a_stopped_and_saved_run(journey: RunningApp, p
     page.get_by_text("Respond naturally and concisely").first.wait_for()
     page.get_by_role("button", name="All", exact=True).click()
     page.click('[data-opens="group-memory"]')
-    for key, text in (("hyperparams-max_length", "512"), ("hyperparams-max_steps", "2000"), ("hyperparams-batch_size", "2")):
+    for key, text in (
+        ("hyperparams-max_length", "512"),
+        ("hyperparams-max_steps", "2000"),
+        ("hyperparams-batch_size", "2"),
+    ):
         type_into(page, key, text)
     rate = page.locator("#f-hyperparams-learning_rate input").first
     rate.fill("2e-4")
@@ -103,7 +107,9 @@ def test_from_an_uploaded_file_to_a_stopped_and_saved_run(journey: RunningApp, p
     assert found.step == now.current_step and (found.path / "model" / "adapter_model.safetensors").exists()
     page.get_by_role("button", name=re.compile("^Resume")).first.click()
     runs.wait_for(lambda: status(run).state == "running" and status(run).current_step > found.step, 60)
-    page.wait_for_function("() => [...document.querySelectorAll('button')].some(b => b.innerText.trim() === 'Stop' && b.offsetParent)")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('button')].some(b => b.innerText.trim() === 'Stop' && b.offsetParent)"
+    )
     page.get_by_role("button", name="Stop", exact=True).first.click()
     page.get_by_role("button", name="Save and stop").first.click()
     runs.wait_for(lambda: status(run).state == "stopped", 30)

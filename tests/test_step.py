@@ -34,17 +34,13 @@ CONFIG = LlamaConfig(
 def build(seed: int = 0) -> Loaded:
     torch.manual_seed(seed)
     function = attention.register("sdpa")
-    return Loaded(
-        AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention.NAME), function, None
-    )
+    return Loaded(AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention.NAME), function, None)
 
 
 def stepper_for(
     loaded: Loaded, cache, *, fp16=False, compute=torch.float32, autocast=None, clip=1.0, decay=0.0
 ) -> Stepper:
-    path = choose_path(
-        loaded.model, assemble(cache, np.arange(2), "cpu"), compute=compute, autocast=autocast
-    ).path
+    path = choose_path(loaded.model, assemble(cache, np.arange(2), "cpu"), compute=compute, autocast=autocast).path
     loaded.model.train()
     return Stepper(
         loaded,
@@ -66,7 +62,7 @@ def test_any_accumulation_gives_the_same_step(groups):
     one = stepper_for(whole, cache).step(1, [np.arange(8)], cache, 1e-3)
     borders = np.cumsum([0, *groups])
     two = stepper_for(parted, cache).step(
-        1, [np.arange(a, b) for a, b in zip(borders, borders[1:])], cache, 1e-3
+        1, [np.arange(a, b) for a, b in zip(borders, borders[1:], strict=False)], cache, 1e-3
     )
     assert one.arrive()[0] == pytest.approx(two.arrive()[0], rel=1e-6)
     assert one.arrive()[1] == pytest.approx(two.arrive()[1], rel=1e-5)
@@ -137,9 +133,7 @@ def test_twenty_steps_follow_transformers_trainer_step_for_step(tmp_path, batch,
 
     trainer = InOrder(model=theirs, args=arguments, train_dataset=_Padded(cache), data_collator=collate)
     trainer.train()
-    wanted = [
-        (entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry
-    ]
+    wanted = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
     stepper = stepper_for(loaded, cache, decay=0.01)
     per_step = batch * accumulation
     number = 0
@@ -165,9 +159,7 @@ def test_a_nan_leaves_weights_moments_and_step_count_untouched_from_then_on():
     with torch.no_grad():
         keep = loaded.model.model.norm.weight.clone()
         loaded.model.model.norm.weight[0] = float("nan")
-    before = {
-        name: tensor.clone() for name, tensor in optim.state_by_name(stepper.optimizer, stepper.named).items()
-    }
+    before = {name: tensor.clone() for name, tensor in optim.state_by_name(stepper.optimizer, stepper.named).items()}
     weights = [parameter.detach().clone() for _, parameter in stepper.named]
     bad = stepper.step(2, [np.arange(4)], cache, 1e-3)
     assert bad.arrive()[2]

@@ -67,7 +67,7 @@ def test_a_full_run_learns_ends_and_leaves_a_model_that_transformers_loads(place
     )
     assert runs.train(run, workspace, worker) == "finished"
     found = curve(run)
-    assert len(found) == 30 and np.mean([l for _, l, *_ in found[-5:]]) < 0.9 * found[0][1]
+    assert len(found) == 30 and np.mean([loss for _, loss, *_ in found[-5:]]) < 0.9 * found[0][1]
     now = status(run)
     assert (now.state, now.current_step, now.total_steps) == ("finished", 30, 30)
     assert now.best_held_out is not None and now.peak_gib and now.tokens_per_s

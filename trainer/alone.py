@@ -142,7 +142,8 @@ def inspect_alone(workspace: Workspace, config: Config) -> int:
     colour = os.isatty(1)
     for document in shown["documents"]:
         print(
-            f"-- row {document['row']} ({document['file']}, line {document['line']}): {document['tokens']} tokens, {document['labels']} labels"
+            f"-- row {document['row']} ({document['file']}, line {document['line']}): "
+            f"{document['tokens']} tokens, {document['labels']} labels"
         )
         text = "".join(
             (f"\x1b[4;36m{token['text']}\x1b[0m" if colour else f"[{token['text']}]")

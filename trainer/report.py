@@ -60,7 +60,9 @@ class Report:
         if state == "stopped":
             summary = f"Stopped after {len(lines)} checks."
         elif failed:
-            summary = f"Failed {failed} of {len(lines)}: " + next(l["text"] for l in lines if l["status"] == "problem")
+            summary = f"Failed {failed} of {len(lines)}: " + next(
+                line["text"] for line in lines if line["status"] == "problem"
+            )
         else:
             summary = f"Passed {passed} of {len(lines)} in {time.monotonic() - self._started:.0f} s."
             if left:

@@ -54,5 +54,8 @@ def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Wo
                 "pieces": pieces,
             }
         )
-    summary = f"First micro-batch: {len(documents)} rows, {batch.tokens:,} tokens, {batch.labels:,} labels; {plan.total_steps:,} steps planned."
+    summary = (
+        f"First micro-batch: {len(documents)} rows, {batch.tokens:,} tokens, {batch.labels:,} labels; "
+        f"{plan.total_steps:,} steps planned."
+    )
     return {"documents": documents, "summary": summary}

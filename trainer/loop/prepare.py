@@ -72,7 +72,8 @@ def pick_device(machine_device: str) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise Refusal(
-            "The GPU is there, but torch cannot use it (driver too old or device busy). `python -m torch.utils.collect_env` says more."
+            "The GPU is there, but torch cannot use it (driver too old or device busy). "
+            "`python -m torch.utils.collect_env` says more."
         )
     return "cuda:0"
 
@@ -192,7 +193,8 @@ def build_model(
     source = resume_from if resume_from is not None else path
     loaded = load_model(source, dtype=precision.weights, device=device, quantise=quantised)
     say(
-        f"Model loaded: {config.display_name}, {loaded.model.num_parameters() / 1e6:.1f} M weights, {precision.name}, on {machine_name}."
+        f"Model loaded: {config.display_name}, {loaded.model.num_parameters() / 1e6:.1f} M weights, "
+        f"{precision.name}, on {machine_name}."
     )
     trained: nn.Module = loaded.model
     if h.method != "full":

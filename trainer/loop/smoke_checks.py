@@ -83,7 +83,10 @@ def data(report: Report, cache: TokenCache, plan: Plan) -> None:
     """There are rows, they have labels, and a plan of steps came out."""
     meta = cache.meta
     share = 100 * meta["labels"] / max(1, meta["tokens"])
-    text = f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; {plan.total_steps:,} steps planned."
+    text = (
+        f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; "
+        f"{plan.total_steps:,} steps planned."
+    )
     report.add("data", "pass", text, f"{share:.0f} %")
     unseen = meta["rows_skipped"] + meta["rows_dropped"] + meta["rows_without_labels"]
     if unseen:
@@ -182,7 +185,10 @@ def checkpointing(report: Report, config: Config, model: Model, tokens: Tokens) 
         activations.keep(inner)
         plain = saved_bytes(model, batch)
         activations.recompute(inner, config.hyperparams.gradient_checkpointing_policy)
-        text = f"Gradient checkpointing is on: one row keeps {as_set / 2**20:.1f} MiB of activations instead of {plain / 2**20:.1f}."
+        text = (
+            f"Gradient checkpointing is on: one row keeps {as_set / 2**20:.1f} MiB of activations "
+            f"instead of {plain / 2**20:.1f}."
+        )
         report.add(
             "checkpointing",
             "pass" if as_set < 0.9 * plain else "problem",
@@ -250,7 +256,10 @@ def loss_falls(report: Report, bench: Bench) -> None:
         )
         raise Refusal("The remaining checks were left out: weights that diverge prove nothing.")
     fall = 1 - found[-1] / found[0]
-    text = f"The loss of one batch trained {REPEATED_STEPS} times went from {found[0]:.3f} to {found[-1]:.3f} (at least {MUST_FALL:.1%} lower is needed)."
+    text = (
+        f"The loss of one batch trained {REPEATED_STEPS} times went from {found[0]:.3f} to {found[-1]:.3f} "
+        f"(at least {MUST_FALL:.1%} lower is needed)."
+    )
     report.add("learns", "pass" if fall >= MUST_FALL else "problem", text, f"−{fall:.1%}")
 
 

@@ -195,7 +195,8 @@ class Training:
         free_gb = checkpoint.free_bytes(self.around.run.path) / 1e9
         low = free_gb < self.config.alerts.disk_free_gb
         if low and not self.disk_is_low:
-            text = f"{free_gb:.1f} GB of disk is free, less than {self.config.alerts.disk_free_gb:g} GB. Free some, or saving will stop."
+            limit = self.config.alerts.disk_free_gb
+            text = f"{free_gb:.1f} GB of disk is free, less than {limit:g} GB. Free some, or saving will stop."
             self.around.events.append("alert", code="disk", step=self.progress.step, text=text)
         self.disk_is_low = low
 
