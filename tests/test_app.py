@@ -18,7 +18,10 @@ import pytest
 
 import app as app_module
 from tests.conftest import ROOT, RunningApp, end_app, free_port, start_app
+from trainer.checkpoint import newest_verified
 from trainer.locks import holder, is_held
+from trainer.run import RunDir
+from trainer.run import status as run_status
 
 
 def run_app(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -131,6 +134,27 @@ def test_a_supervised_server_survives_a_restart_and_a_crash_and_ends_on_sigterm(
     assert "Fatal Python error: Segmentation fault" in (running.workspace / "crash.log").read_text()
 
 
+def test_a_sigterm_in_the_middle_of_a_run_ends_it_at_a_step_and_saves_it(tmp_path: Path) -> None:
+    running = start_app(tmp_path / "w", "--foreground")
+    urllib.request.urlopen(
+        urllib.request.Request(f"{running.url}/api/train/try", b"{}", {"content-type": "application/json"}), timeout=20
+    ).close()
+
+    def steps() -> int:
+        run = running.get("api/state")["run"]
+        return run["step"] if run and run["state"] == "running" else 0
+
+    wait_until(lambda: steps() >= 3, "a run that makes steps", timeout_s=180)
+    began = time.monotonic()
+    said = end_app(running)
+    assert running.process.returncode == 0 and time.monotonic() - began < app_module.SAVE_S + 10
+    assert "the run ends its step and is saved" in said
+    run = RunDir(next((tmp_path / "w" / "runs").iterdir()))
+    now = run_status(run)
+    assert now.state == "stopped" and now.current_step >= 3
+    assert newest_verified(run.checkpoints).step == now.current_step, "what was trained last is what was saved"
+
+
 def test_detached_it_answers_goes_on_without_its_terminal_and_is_ended_by_stop(tmp_path: Path) -> None:
     port = str(free_port())
     began = time.monotonic()
@@ -208,12 +232,23 @@ def test_paths_are_taken_from_where_the_command_was_given(tmp_path: Path, monkey
 
 
 def test_a_child_gets_the_same_options_again() -> None:
-    words = ["--config", "/c.json", "--workspace", "/w", "--model-root", "/m", "--model-root", "/n", "--data-root", "/d"]
+    words = [
+        "--config",
+        "/c.json",
+        "--workspace",
+        "/w",
+        "--model-root",
+        "/m",
+        "--model-root",
+        "/n",
+        "--data-root",
+        "/d",
+    ]
     words += ["--host", "::1", "--port", "7000", "--public-host", "a.example", "--root-path", "box/"]
     options = app_module.options_of(app_module.parser().parse_args(words))
     again = app_module.options_of(app_module.parser().parse_args(options.arguments(browser=True)))
     assert again == options
-    assert options.url == "http://[::1]:7000/box"
+    assert options.url == "http://[::1]:7000/box/"
 
 
 def test_the_shipped_config_is_the_starting_point() -> None:

@@ -29,7 +29,13 @@ def place(tmp_path_factory):
         "model_path": model.name,
         "profile": {"name": "emoji_think"},
         "data": {"dataset_path": data.name},
-        "hyperparams": {"method": "full", "batch_size": 2, "gradient_accumulation": 2, "max_length": 256, "use_gradient_checkpointing": True},
+        "hyperparams": {
+            "method": "full",
+            "batch_size": 2,
+            "gradient_accumulation": 2,
+            "max_length": 256,
+            "use_gradient_checkpointing": True,
+        },
     }
     (root / "config.json").write_text(json.dumps(config))
     return root
@@ -38,7 +44,13 @@ def place(tmp_path_factory):
 def trainer(place: Path, *arguments: str, **changes) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(place)}
     return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=180, **changes
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        **changes,
     )
 
 
@@ -85,7 +97,9 @@ def test_inspect_shows_the_first_batch_with_the_labels_marked(place):
 
 def test_check_data_names_the_line_and_exits_1(place):
     bad = place / "bad.jsonl"
-    bad.write_text((place / "rows.jsonl").read_text() + '{"messages": [{"role": "user", "content": "only a question"}]}\n')
+    bad.write_text(
+        (place / "rows.jsonl").read_text() + '{"messages": [{"role": "user", "content": "only a question"}]}\n'
+    )
     done = trainer(place, "check-data", str(bad), "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1 and report["valid"] is False
@@ -97,7 +111,11 @@ def test_stop_from_another_process_saves_and_resume_finishes_the_run(place):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(place)}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "train", "--output", "long", "--max-steps", "100000", "--skip-eval"],
-        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
     def state() -> dict:
@@ -123,7 +141,10 @@ def test_sigterm_saves_at_the_step_and_exits_in_under_ten_seconds(place):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_RUNTIME_DIR": str(place)}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "train", "--output", "term", "--max-steps", "100000", "--skip-eval"],
-        cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=place,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     metrics = place / "term" / "metrics.bin"
     runs.wait_for(lambda: metrics.exists() and metrics.stat().st_size > 1000, 90)

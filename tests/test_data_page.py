@@ -111,9 +111,7 @@ def test_a_name_never_leaves_the_datasets_own_folder(app: RunningApp, name: str)
     [(b"", "empty.jsonl", "empty"), (b"a,b\n1,2\n", "table.csv", "JSON Lines"), (b"PAR1", "x.parquet", "JSON Lines"),
      (b"x", "model.pkl", "JSON Lines"), (b"x", "", "JSON Lines")],
 )  # fmt: skip
-def test_what_is_no_data_is_refused_before_it_is_stored(
-    app: RunningApp, content: bytes, name: str, words: str
-) -> None:
+def test_what_is_no_data_is_refused_before_it_is_stored(app: RunningApp, content: bytes, name: str, words: str) -> None:
     before = len(app.get("api/data")["items"])
     status, answer = upload(app, content, name)
     assert status == 400 and words in answer["error"] and "Nothing was stored" in answer["error"]
@@ -139,9 +137,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(app: RunningApp) -> None:
     assert len(app.get("api/data")["items"]) == before
 
 
-def test_an_upload_that_would_fill_the_disk_is_refused_with_figures(
-    site: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_that_would_fill_the_disk_is_refused_with_figures(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     from trainer.refusal import Refusal
@@ -276,8 +272,7 @@ def test_markup_in_names_rows_and_messages_is_shown_and_never_run(
     page.on("dialog", lambda dialog: dialogs.append(dialog.message) or dialog.dismiss())
     page.goto(f"{app.url}/data#{item}")
     page.wait_for_function("document.querySelector('.sb-shelf-report')?.innerText.includes('1 of 3 rows')")
-    for summary in page.locator(".sb-checks details:not([open]) summary").all():
-        summary.click()
+    page.evaluate("document.querySelectorAll('.sb-checks details').forEach((details) => (details.open = true))")
     page.wait_for_selector(".sb-tok-label")
     assert "<img" in page.inner_text(".sb-tokens") and "<img" in page.inner_text(".sb-checks")
     page.wait_for_timeout(300)

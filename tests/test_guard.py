@@ -265,6 +265,11 @@ def test_a_session_gets_one_cookie_that_scripts_cannot_read_and_keeps_it() -> No
     assert first.json()["session"] not in value, "the id that drafts are stored under must not be the secret"
 
 
+def test_the_cookie_of_a_page_behind_https_is_never_sent_without_it() -> None:
+    assert "Secure" in ask("/x", headers={"x-forwarded-proto": "https"}).headers["set-cookie"]
+    assert "Secure" not in ask("/x").headers["set-cookie"]
+
+
 @pytest.mark.parametrize("value", ["../../etc", "a", "x" * 44, "%00" * 10, '"; Path=/evil', "é" * 43])
 def test_a_cookie_that_is_not_ours_is_replaced(value: str) -> None:
     cookie = f"{guard.COOKIE}={value}".encode("latin-1")
@@ -318,6 +323,15 @@ def test_uploads_have_a_limit_of_their_own_and_a_session_has_a_quota(monkeypatch
     assert second.status_code == 413 and "data root" in second.json()["error"]
     other = {"cookie": f"{guard.COOKIE}={'b' * 43}"}
     assert ask(guard.UPLOAD_PATH, "POST", around=around, content=b"x" * 10_000, headers=other).status_code == 200
+
+
+def test_below_a_root_path_both_kinds_of_proxies_find_the_same_page() -> None:
+    around = guard_of(Rules(root_path="/box"))
+    assert ask("/box", around=around).headers["location"] == "/box/"
+    for path in ("/box/api/start", "/api/start"):
+        assert ask(path, around=around).status_code == 200
+    assert ask("/box/config", around=around).status_code == 404, "what is closed is closed below the root path too"
+    assert ask("/box/gradio_api/upload", "POST", around=around).status_code == 404
 
 
 def test_replies_that_say_nothing_of_caching_are_not_kept() -> None:

@@ -325,6 +325,9 @@ def test_preparing_shows_its_steps_with_figures_and_draws_memory_already(
     assert steps.all_inner_texts() == ["check", "tokenise 8,100/12,408", "first step"]
     wait_until(page, "document.querySelector('.sb-chart-memory')?.data?.[0]?.x.length === 1")
     assert page.locator(".sb-live-value").all_inner_texts()[:2] == ["–", "–"]
+    ranges = f"{BOTH}.map((box) => JSON.stringify(box._fullLayout.xaxis.range))"
+    page.wait_for_timeout(2500)  # nothing new is drawn above, but time goes on below
+    wait_until(page, f"{ranges}[0] === {ranges}[1] && document.querySelector('{LOSS}')._fullLayout.xaxis.range[1] > 2")
     made.events.append("running", step=0)
     made.events.append("phase", name="train")
     made.step()
@@ -390,7 +393,7 @@ def test_a_real_run_is_watched_stopped_from_the_page_and_its_receipt_is_true(
     trainer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         page.goto(f"{app.url}/live")
-        page.wait_for_function(f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= 60", timeout=60_000)
+        page.wait_for_function(f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= 30", timeout=150_000)
         page.get_by_role("button", name="Stop", exact=True).click()
         page.get_by_role("button", name="Save and stop").click()
         notice = page.locator(".sb-live-notice")

@@ -93,7 +93,9 @@ def test_a_folder_named_like_markup_is_only_a_name(app: RunningApp, page: Any, t
     page.goto(f"{app.url}/models")
     page.wait_for_function("document.querySelector('.sb-shelf-list')?.innerText.includes('<img')")
     page.get_by_role("button", name=name).click()
-    page.wait_for_function("document.querySelector('.sb-shelf-report')?.innerText.includes('Cannot train')", timeout=60_000)
+    page.wait_for_function(
+        "document.querySelector('.sb-shelf-report')?.innerText.includes('Cannot train')", timeout=60_000
+    )
     assert page.evaluate("window.__x") is None
     assert page.locator(".sb-shelf img").count() == 0
     shutil.rmtree(folder)

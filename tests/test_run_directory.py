@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from trainer.metrics import COLUMNS, RECORD, MetricsWriter, read_metrics, read_r
 from trainer.refusal import Refusal
 from trainer.run import StatusReader, create_run, status
 from trainer.states import LIVE_STATES, allowed, derive
+
+
+NOW = time.time() + 1000
 
 
 def values(step: int, loss: float) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import stat
 import urllib.error
 import urllib.request
@@ -171,17 +172,65 @@ def test_every_route_of_ours_names_the_action_that_its_caller_must_be_allowed(si
         assert not (changes and route.endpoint.action in ("see", "see_rows")), f"{route.path} changes things"
 
 
-def test_gradio_runs_no_handler_for_a_forged_function_number(app_url: str) -> None:
-    for number in (-1, 9999, 10**30, "x"):
-        body = json.dumps({"fn_index": number, "data": [], "session_hash": "x"}).encode()
-        request = urllib.request.Request(
-            f"{app_url}/gradio_api/queue/join", body, {"content-type": "application/json"}, method="POST"
-        )
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=10)
-        refused.value.close()
-    with urllib.request.urlopen(f"{app_url}/api/health", timeout=10) as reply:
-        assert json.load(reply)["ok"]
+@pytest.mark.parametrize("number", [-1, 9999, 10**30, "x", None, [1]])
+def test_a_forged_function_number_is_the_senders_fault_and_not_the_servers(app_url: str, number: Any) -> None:
+    body = json.dumps({"fn_index": number, "data": [], "session_hash": "x"}).encode()
+    request = urllib.request.Request(
+        f"{app_url}/gradio_api/queue/join", body, {"content-type": "application/json"}, method="POST"
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    with refused.value as reply:
+        assert 400 <= reply.code < 500
+
+
+def test_who_comes_in_by_the_second_socket_is_a_viewer_and_may_change_nothing(site: Any) -> None:
+    import threading
+
+    from ui.server import Server
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = Server(site, listening, threading.Event())
+    shared, own = server.open_share_socket(), listening.getsockname()[1]
+    assert server.start()
+    try:
+        for port, expected in ((own, 202), (shared, 403)):
+            url = f"http://127.0.0.1:{port}"
+            assert status(url, "/api/state") == 200
+            assert (
+                status(url, "/api/restart", "POST", {"host": "localhost", "x-forwarded-for": "127.0.0.1"}) == expected
+            )
+        assert status(f"http://127.0.0.1:{shared}", "/api/data/upload?name=a.jsonl", "POST") == 403
+        assert status(f"http://127.0.0.1:{shared}", "/api/models/starter", "POST") == 403
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("slash", ["//", "/./", "/x/../", "/%2e/", "/;/"])
+@pytest.mark.parametrize("path", ["gradio_api/upload", "gradio_api/info", "config", "gradio_api/file=/etc/passwd"])
+def test_a_closed_part_stays_closed_however_its_path_is_spelt(app_url: str, slash: str, path: str) -> None:
+    assert status(app_url, slash + path) in (400, 403, 404)
+    assert status(app_url, slash + path, "POST") in (400, 403, 404, 405)
+
+
+@pytest.mark.browser
+def test_behind_a_proxy_under_a_path_every_page_and_file_is_found(
+    tmp_path_factory: pytest.TempPathFactory, browser: Any
+) -> None:
+    running = start_app(
+        tmp_path_factory.mktemp("proxy"), "--foreground", "--root-path", "box", "--public-host", "a.test"
+    )
+    context = browser.new_context()
+    tab = context.new_page()
+    missing: list[str] = []
+    tab.on("response", lambda reply: reply.status >= 400 and missing.append(f"{reply.status} {reply.url}"))
+    for path in ("", "live", "data"):
+        tab.goto(f"{running.url}/box/{path}")
+        tab.wait_for_selector("#sb-status .sb-glyph")
+    assert missing == []
+    assert tab.locator(".sb-nav a").nth(3).evaluate("a => a.href") == f"{running.url}/box/data"
+    context.close()
+    end_app(running)
 
 
 @pytest.mark.browser
@@ -211,7 +260,9 @@ def test_the_header_is_the_same_on_every_page_and_says_where_one_is(app_url: str
         places.add(str(page.evaluate("[...document.querySelectorAll('.sb-nav a')].map(a => a.offsetLeft)")))
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
-        assert page.evaluate("document.activeElement.id") == "sb-main", "the first stop of the keyboard skips the header"
+        assert page.evaluate("document.activeElement.id") == "sb-main", (
+            "the first stop of the keyboard skips the header"
+        )
         assert page.url.rstrip("/") == f"{app_url}/{path}".rstrip("/")
     assert len(places) == 1, "the pages stand at the same place in every header"
 

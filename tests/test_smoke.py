@@ -52,10 +52,16 @@ def line(report: dict, code: str) -> dict:
     return found[0]
 
 
-@pytest.mark.parametrize("method,profile,recompute", [("full", "plain", False), ("lora", "emoji_think", True), ("full", "regime3", True)])
-def test_a_good_model_passes_every_check_that_a_cpu_can_make(workspace, worker, data, tmp_path, method, profile, recompute):
+@pytest.mark.parametrize(
+    "method,profile,recompute", [("full", "plain", False), ("lora", "emoji_think", True), ("full", "regime3", True)]
+)
+def test_a_good_model_passes_every_check_that_a_cpu_can_make(
+    workspace, worker, data, tmp_path, method, profile, recompute
+):
     model = tiny_model_dir(tmp_path / "model")
-    config = runs.settings(model, data, method=method, profile={"name": profile}, use_gradient_checkpointing=recompute, max_length=1024)
+    config = runs.settings(
+        model, data, method=method, profile={"name": profile}, use_gradient_checkpointing=recompute, max_length=1024
+    )
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     report = smoke(workspace, worker, config)
     assert report["state"] == "done" and report["failed"] == 0, report["summary"]
@@ -104,7 +110,9 @@ def test_rows_whose_answers_are_all_cut_away_fail_in_words(workspace, worker, tm
 
 
 def test_a_rate_that_diverges_is_named_with_the_losses_seen(workspace, worker, data, tmp_path):
-    report = smoke(workspace, worker, runs.settings(tiny_model_dir(tmp_path / "model"), data, learning_rate=1.0, max_grad_norm=0))
+    report = smoke(
+        workspace, worker, runs.settings(tiny_model_dir(tmp_path / "model"), data, learning_rate=1.0, max_grad_norm=0)
+    )
     assert report["failed"] >= 1
     assert "rate 1 is too high" in " ".join(entry["text"] for entry in report["lines"]) or "NaN" in report["summary"]
 
@@ -143,7 +151,9 @@ def test_checkpointing_that_is_not_really_on_is_caught(workspace, worker, data, 
 
     monkeypatch.setattr(activations, "recompute", lambda model, policy: None)
     monkeypatch.setattr("trainer.loop.prepare.recompute", lambda model, policy: None)
-    report = smoke(workspace, worker, runs.settings(tiny_model_dir(tmp_path / "model"), data, use_gradient_checkpointing=True))
+    report = smoke(
+        workspace, worker, runs.settings(tiny_model_dir(tmp_path / "model"), data, use_gradient_checkpointing=True)
+    )
     assert line(report, "checkpointing")["status"] == "problem"
 
 

@@ -44,6 +44,13 @@ def opened(page: Any, app: RunningApp) -> None:
     page.wait_for_function("document.querySelector('#f-hyperparams-learning_rate input').value !== ''")
 
 
+def visit(page: Any, app: RunningApp, path: str) -> None:
+    """Go to another page and wait until Gradio has built it; it complains when left before."""
+    page.goto(f"{app.url}/{path}")
+    page.wait_for_selector("#sb-status")
+    page.wait_for_load_state("load")
+
+
 def until(what: Callable[[], bool], limit_s: float = 20.0) -> None:
     deadline = time.monotonic() + limit_s
     while not what():
@@ -103,7 +110,7 @@ def test_the_draft_survives_a_reload_and_another_page(train_app: RunningApp, tra
     choose(train)
     train.fill(f"{RATE} input", "3e-4")
     until(lambda: changes(train) == "3 changes")
-    train.goto(f"{train_app.url}/runs")
+    visit(train, train_app, "runs")
     opened(train, train_app)
     assert train.input_value(f"{RATE} input") == "3e-4"
     assert train.input_value("#f-model_path input") == "tiny-qwen3"
@@ -112,7 +119,7 @@ def test_the_draft_survives_a_reload_and_another_page(train_app: RunningApp, tra
 
 def test_what_is_typed_right_before_leaving_is_kept(train_app: RunningApp, train: Any) -> None:
     train.fill(f"{RATE} input", "4e-4")
-    train.goto(f"{train_app.url}/data")
+    visit(train, train_app, "data")
     opened(train, train_app)
     assert train.input_value(f"{RATE} input") == "4e-4"
 

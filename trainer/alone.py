@@ -48,7 +48,7 @@ def ask_worker(op: str, **args: Any) -> Any:
         worker.close()
 
 
-def train_alone(workspace: Workspace, config: Config, output: Path | None, skip_eval: bool) -> int:
+def train_alone(workspace: Workspace, config: Config, output: Path | None) -> int:
     """Train a new run to its end; exit status 0, or 2 when it failed or diverged."""
     here = machine()
     launch.check_paths(config)
@@ -56,7 +56,7 @@ def train_alone(workspace: Workspace, config: Config, output: Path | None, skip_
     try:
         run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads_for(here), output=output)
         print(f"Run directory: {run.path}", flush=True)
-        return _to_end(open_life(run, owner_here(), resumed=False), workspace, skip_eval)
+        return _to_end(open_life(run, owner_here(), resumed=False), workspace)
     finally:
         lock.release()
 
@@ -74,12 +74,12 @@ def resume_alone(run: RunDir, quiet: bool) -> int:
     try:
         root = Path(run.snapshot().get("workspace", run.path.parent.parent))
         workspace = Workspace(root).create()
-        return _to_end(open_life(run, owner_here(), resumed=True), workspace, skip_eval=False, quiet=quiet)
+        return _to_end(open_life(run, owner_here(), resumed=True), workspace, quiet=quiet)
     finally:
         lock.release()
 
 
-def _to_end(life: Life, workspace: Workspace, skip_eval: bool, quiet: bool = False) -> int:
+def _to_end(life: Life, workspace: Workspace, quiet: bool = False) -> int:
     install_stop(lambda: ask_stop(life.signals))
     worker = Worker()
     run = life.run
@@ -89,7 +89,6 @@ def _to_end(life: Life, workspace: Workspace, skip_eval: bool, quiet: bool = Fal
             workspace,
             worker,
             machine(),
-            skip_eval=skip_eval,
             echo=(lambda text: None) if quiet else _say,
         )
     finally:

@@ -100,6 +100,8 @@ def load_config(arguments: argparse.Namespace) -> Config:
         chosen["data"] = {"dataset_path": first, "dataset_paths": [{"path": path} for path in more]}
     if arguments.max_steps is not None:
         chosen["hyperparams"] = {"max_steps": arguments.max_steps}
+    if arguments.skip_eval:  # a setting of the run, so that a resume plans the same rows
+        chosen["eval"] = {"eval_strategy": "no"}
     sets = [configs.parse_set(text) for text in arguments.settings]
     return configs.resolve(file, chosen, *sets)
 
@@ -130,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from trainer.alone import train_alone
 
     config = load_config(arguments)
-    return train_alone(Workspace(arguments.workspace.resolve()).create(), config, arguments.output, arguments.skip_eval)
+    return train_alone(Workspace(arguments.workspace.resolve()).create(), config, arguments.output)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -268,5 +270,6 @@ def install_stop(ask: Callable[[], None]) -> None:
             signal.signal(name, signal.SIG_DFL)
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
+        # nohup ignores SIGHUP for us, and that must stay so
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
             signal.signal(getattr(signal, name), handler)

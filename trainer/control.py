@@ -35,11 +35,12 @@ def take(control: Path) -> list[Order]:
     """Remove and return the waiting commands, oldest first; a file that is no command is removed and ignored."""
     orders = []
     for path in sorted(control.glob("*.json")):
+        order = None
         try:
             raw = read_json(path)
             order = Order(str(raw["command"]), str(raw.get("by", "")), dict(raw.get("args", {})))
         except (ValueError, KeyError, TypeError, AttributeError):
-            order = None
+            pass
         path.unlink(missing_ok=True)
         if order is not None and order.command in get_args(Command):
             orders.append(order)

@@ -5,20 +5,22 @@ Torch-free to import; handlers of the page call `start_*`, which refuse at once 
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Literal
 
-from trainer import control, launch, lease
+from trainer import launch, lease
 from trainer.files import make_private_dir
 from trainer.locks import FileLock
 from trainer.machine import Machine, Nvml, machine
 from trainer.refusal import Refusal
-from trainer.run import RunDir, status
+from trainer.run import RunDir, new_run_id, status
 from trainer.schema import Config
 from trainer.session import open_life, train_to_end
 from trainer.signals import Signals
@@ -31,9 +33,12 @@ MUST_RESTART = 75  # the exit code that asks the supervisor for a fresh process
 
 @dataclass(frozen=True)
 class _Task:
+    """What the thread is to do, which device lock it frees afterwards, and how it is asked to end."""
+
+    kind: Literal["warm", "train", "smoke"]
     work: Callable[[], None]
-    lock: FileLock
-    signals: Signals
+    lock: FileLock | None = None
+    signals: Signals = field(default_factory=Signals)
 
 
 class Engine:
@@ -45,7 +50,7 @@ class Engine:
         self.poisoned = threading.Event()
         self._nvml = Nvml()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._current: _Task | None = None
+        self._accepted: _Task | None = None  # the training or smoke test that holds the device, waiting or at work
         self._start = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -61,21 +66,22 @@ class Engine:
     def warm(self) -> None:
         """Import torch on the engine's thread and start the worker, so that the first run does not wait for them."""
         self.worker.warm()
-        self._tasks.put(_Task(_import_torch, FileLock(Path("/dev/null")), Signals()))
+        self._tasks.put(_Task("warm", _import_torch))
 
-    def start_run(self, config: Config, owner: str, name: str = "", why: str = "", skip_eval: bool = False) -> str:
+    def start_run(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
         """Make a run and train it; returns its id. Raises Refusal (also Busy) before anything is written."""
         here = self.machine()
+        self._refuse_when_broken()
         launch.check_paths(config)
+        name, folder = name.strip() or launch.auto_name(config), self.workspace.runs / new_run_id()
         with self._start:
-            lock = lease.acquire(
-                here.device, kind="train", owner=owner, run_id="", name=name or launch.auto_name(config)
-            )
+            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=folder.name, name=name)
             try:
+                threads = threads_for(here)
                 run, _ = launch.new_run(
-                    self.workspace, config, here, owner=owner, threads=threads_for(here), name=name, why=why
+                    self.workspace, config, here, owner=owner, threads=threads, output=folder, name=name, why=why
                 )
-                self._train(run, lock, here, owner, resumed=False, skip_eval=skip_eval)
+                self._train(run, lock, here, owner, resumed=False)
             except BaseException:
                 lock.release()
                 raise
@@ -83,6 +89,7 @@ class Engine:
 
     def resume_run(self, run_id: str, owner: str) -> None:
         """Go on with a run from its newest checkpoint that verifies. Raises Refusal where its state does not allow it."""
+        self._refuse_when_broken()
         run = self.workspace.run(run_id)
         now = status(run)
         if "resume" not in allowed(now.state):
@@ -91,7 +98,7 @@ class Engine:
         with self._start:
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run_id, name=now.name or run_id)
             try:
-                self._train(run, lock, here, owner, resumed=True, skip_eval=False)
+                self._train(run, lock, here, owner, resumed=True)
             except BaseException:
                 lock.release()
                 raise
@@ -100,6 +107,7 @@ class Engine:
         """Start a smoke test; returns its id. Its report grows in smoke/ID/report.json."""
         here = self.machine()
         launch.check_paths(config)
+        self._refuse_when_broken()
         prompt = launch.prompt_of(config, self.workspace.profiles)
         smoke_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         with self._start:
@@ -121,18 +129,18 @@ class Engine:
                     signals.interrupt,
                 )
 
-            self._tasks.put(_Task(work, lock, signals))
+            self._hand_over(_Task("smoke", work, lock, signals))
         return smoke_id
 
     def stop_smoke(self) -> None:
         """End the smoke test in progress at its next check; harmless when there is none."""
-        task = self._current
-        if task is not None:
+        task = self._accepted
+        if task is not None and task.kind == "smoke":
             task.signals.ask("stop", "owner")
 
     def shutdown(self, timeout_s: float) -> bool:
         """Stop at the step, save, end the thread; False when it did not end in time."""
-        task = self._current
+        task = self._accepted
         if task is not None:
             task.signals.ask("stop", "shutdown of the server")
         self._tasks.put(None)
@@ -140,34 +148,44 @@ class Engine:
         self.worker.close()
         return not self._thread.is_alive()
 
-    def _train(self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, skip_eval: bool) -> None:
+    def _refuse_when_broken(self) -> None:
+        if self.poisoned.is_set():
+            raise Refusal(
+                "The engine must restart before it can train: restart the server. Runs and checkpoints are safe."
+            )
+
+    def _hand_over(self, task: _Task) -> None:
+        self._accepted = task
+        self._tasks.put(task)
+
+    def _train(self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool) -> None:
         life = open_life(run, owner, resumed=resumed)
 
         def work() -> None:
-            train_to_end(life, self.workspace, self.worker, here, skip_eval=skip_eval)
+            train_to_end(life, self.workspace, self.worker, here)
             if life.poisoned:
                 self.poisoned.set()
 
-        self._tasks.put(_Task(work, lock, life.signals))
+        self._hand_over(_Task("train", work, lock, life.signals))
 
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
-            self._current = task
             try:
                 task.work()
+            except Exception:  # the thread's edge: a fault in the edge below it must not end the thread in silence
+                self.poisoned.set()
+                traceback.print_exc()
             finally:
-                task.lock.release()
-                self._current = None
+                if task.lock is not None:
+                    task.lock.release()
+                if self._accepted is task:
+                    self._accepted = None
 
 
 def threads_for(here: Machine) -> int:
     """Threads for the computation on a CPU: one core stays free, or the page would stutter and slow the training."""
-    return max(1, here.cores - 1)
-
-
-def stop_run(run: RunDir, by: str, now: bool = False) -> None:
-    """Ask a run to stop; it answers within a tenth of a second and ends at its step."""
-    control.drop(run.control, "stop-now" if now else "stop", by)
+    allowed_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here.cores
+    return max(1, min(here.cores, allowed_cores) - 1)
 
 
 def _import_torch() -> None:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer.files import write_whole
+
 DURABLE = frozenset(
     {"started", "resumed", "paused", "stopped", "finished", "failed", "diverged", "checkpoint", "rewind"}
 )
@@ -40,12 +42,20 @@ class EventLog:
         self._next = content[:whole].count(b"\n") + 1
 
     def append(self, kind: str, **fields: Any) -> int:
-        """Add one event and return its number; lifecycle and checkpoint events are on the disk when this returns."""
+        """Add one event and return its number; lifecycle and checkpoint events are on the disk when this returns.
+
+        Raises OSError for those; any other event is dropped where the disk is full, and 0 is returned.
+        """
         with self._lock:
             number = self._next
             record = {"n": number, "t": round(time.time(), 3), "kind": kind, **wire(fields)}
             line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-            self._file.write(line.encode("utf-8", "backslashreplace"))
+            try:
+                write_whole(self._file.fileno(), line.encode("utf-8", "backslashreplace"))
+            except OSError:
+                if kind in DURABLE:
+                    raise
+                return 0  # a full disk costs a line of the log, not the run
             self._next += 1
             if kind in DURABLE:
                 os.fsync(self._file.fileno())
@@ -54,6 +64,16 @@ class EventLog:
     def close(self) -> None:
         """Close the file; later appends raise ValueError."""
         self._file.close()
+
+
+def all_events(path: Path) -> list[dict[str, Any]]:
+    """Every whole event of the file, however long it is."""
+    events, cursor = read_events(path)
+    while True:
+        more, further = read_events(path, cursor)
+        if further == cursor:
+            return events
+        events, cursor = events + more, further
 
 
 def read_events(path: Path, since: int = 0, limit_bytes: int = 4 << 20) -> tuple[list[dict[str, Any]], int]:
@@ -68,6 +88,8 @@ def read_events(path: Path, since: int = 0, limit_bytes: int = 4 << 20) -> tuple
     except FileNotFoundError:
         return [], 0
     whole = content.rfind(b"\n") + 1
+    if whole == 0 and len(content) == limit_bytes:  # one line longer than the limit: read on to its end
+        return read_events(path, since, 4 * limit_bytes)
     events = []
     for line in content[:whole].splitlines():
         try:

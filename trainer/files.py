@@ -23,6 +23,19 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def write_whole(fd: int, content: bytes) -> None:
+    """Write all of `content`; where the disk fills up in the middle, cut the piece off again and raise OSError."""
+    start = os.fstat(fd).st_size
+    written = 0
+    try:
+        while written < len(content):
+            written += os.write(fd, content[written:])
+    except OSError:
+        if written:
+            os.ftruncate(fd, start)
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step; a reader sees the old or the new file, never half of one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -39,7 +39,7 @@ class Prompt:
     @property
     def line(self) -> str:
         """The log line; scripts look for its first words."""
-        if self.profile is not None:
+        if self.profile is not None and self.text:
             return f"Using profile system prompt: {self.text}"
         return (
             f"Using config system prompt: {self.text}"
@@ -52,18 +52,21 @@ def prompt_of(config: Config, user_profiles: Path, date: str | None = None) -> P
     """The prompt that the run's rows get; `date` (YYYY-MM-DD) defaults to today and is then fixed for the run's life."""
     date = date or datetime.date.today().isoformat()
     name = config.profile.name
-    if name is None:
-        return Prompt(None, profiles.fill_date(config.profile.system_prompt, date), date)
     try:
-        return Prompt(name, profiles.load(name, user_profiles).system_prompt(date), date)
+        own = profiles.load(name, user_profiles).system_prompt(date) if name is not None else ""
     except ValueError as error:
         raise Refusal(str(error), "profile.name") from None
+    try:
+        return Prompt(name, own or profiles.fill_date(config.profile.system_prompt, date), date)
+    except ValueError as error:
+        raise Refusal(str(error), "profile.system_prompt") from None
 
 
 def fingerprint(path: Path) -> str:
     """A hash that changes when the model does: names and sizes of its files, and the first MiB of each."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
+    base = [base_of(path)] if (path / "adapter_config.json").exists() else []
+    for file in sorted(file for folder in [path, *base] for file in folder.iterdir()):
         if file.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"} and file.is_file():
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with open(file, "rb") as handle:

@@ -47,9 +47,12 @@ class FileLock:
                 os.close(fd)
                 return False
             time.sleep(0.02)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(note).encode(), 0)
         self._fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(note).encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock holds all the same, only its note is missing
         return True
 
     def release(self) -> None:
@@ -86,9 +89,10 @@ def device_lock_path(device: str) -> Path:
 
     `device` is "cpu" or "gpu-" followed by the device's UUID.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    root = Path(runtime) if runtime and os.path.isdir(runtime) else Path(tempfile.gettempdir())
     uid = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    # a system service has no XDG_RUNTIME_DIR, a login has: both must come to the same folder
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}"
+    root = Path(runtime) if os.path.isdir(runtime) else Path(tempfile.gettempdir())
     folder = root / f"signalbox-{uid}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder / f"{device}.lock"

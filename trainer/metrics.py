@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.files import write_json
+from trainer.files import write_json, write_whole
 
 COLUMNS = (
     "step",
@@ -46,7 +46,7 @@ class RecordFile:
 
     def append(self, records: bytes) -> None:
         """Append whole records in one write."""
-        os.write(self._fd, records)
+        write_whole(self._fd, records)
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -17,6 +17,8 @@ from trainer.metrics import RECORD, read_records
 from trainer.refusal import Refusal
 from trainer.states import LIFECYCLE, LIVE_STATES, State, derive
 
+WINDOW_STEPS = 100  # the newest steps, for speed and time left
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -164,6 +166,7 @@ class StatusReader:
         self._run = run
         self._cursor = 0
         self._last: str | None = None
+        self._life_began: float | None = None
         self._status = Status(run.run_id, "queued")
         self._from_snapshot()
 
@@ -180,16 +183,27 @@ class StatusReader:
 
     def read(self) -> Status:
         """The status now."""
-        events, self._cursor = read_events(self._run.events, self._cursor)
-        for event in events:
-            self._apply(event)
         status = self._status
-        # the lock is probed after the events were read: a run that ends in between shows its end at the next read
+        self._read_events()
         status.state = derive(locks.is_held(self._run.lock), self._last)
+        if status.state == "interrupted":
+            # the run may have ended, or been taken up, between the events and the probe: look at both once more
+            held = locks.is_held(self._run.lock)
+            self._read_events()
+            status.state = derive(held, self._last)
         notes = self._run.read_notes()
         status.name, status.why = notes.get("name", ""), notes.get("why", "")
         self._from_metrics()
         return status
+
+    def _read_events(self) -> None:
+        while True:
+            events, cursor = read_events(self._run.events, self._cursor)
+            for event in events:
+                self._apply(event)
+            if cursor == self._cursor:
+                return
+            self._cursor = cursor
 
     def _apply(self, event: dict[str, Any]) -> None:
         status, kind, at = self._status, event["kind"], event.get("t")
@@ -198,6 +212,7 @@ class StatusReader:
             self._last = kind
         if kind in ("started", "resumed"):
             status.started_at = status.started_at or at
+            self._life_began = at
             status.ended_at = status.cause = status.cause_step = None
             status.owner = event.get("owner", "")
             status.gen += 1
@@ -224,7 +239,7 @@ class StatusReader:
     def _from_metrics(self) -> None:
         status = self._status
         count = self._run.metrics.stat().st_size // RECORD.itemsize if self._run.metrics.exists() else 0
-        recent = read_records(self._run.metrics, max(0, count - 50))
+        recent = read_records(self._run.metrics, max(0, count - WINDOW_STEPS))
         if len(recent) == 0:
             return
         last = recent[-1]
@@ -232,14 +247,16 @@ class StatusReader:
         status.loss, status.learning_rate = float(last["loss"]), float(last["learning_rate"])
         status.last_sign = max(status.last_sign or 0.0, float(last["t"]))
         status.peak_gib = float(last["peak_gib"])
-        seconds = float(np.median(recent["seconds"]))
-        status.seconds_a_step = seconds
+        status.seconds_a_step = float(np.median(recent["seconds"]))
         status.tokens_per_s = float(recent["tokens"].sum() / max(recent["seconds"].sum(), 1e-9))
         if status.steps_per_epoch:
             status.epoch = status.current_step / status.steps_per_epoch
         status.eta_s = None
-        if status.total_steps and status.state in LIVE_STATES and status.current_step >= 20:
-            status.eta_s = (status.total_steps - status.current_step) * seconds
+        mine = recent[recent["t"] >= (self._life_began or 0.0)]
+        if status.total_steps and status.state in LIVE_STATES and status.current_step >= 20 and len(mine) >= 5:
+            # by the wall clock of this life, so that held-out checks, samples and saves are in it
+            pace_s = float(mine["t"][-1] - mine["t"][0]) / (len(mine) - 1)
+            status.eta_s = (status.total_steps - status.current_step) * pace_s
 
 
 def status(run: RunDir) -> Status:

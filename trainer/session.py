@@ -5,6 +5,7 @@ Called on the engine's thread or by the command line. Torch is imported inside, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 
 from trainer import checkpoint, control, locks
-from trainer.events import EventLog
+from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
 from trainer.refusal import Refusal
@@ -51,18 +52,18 @@ def open_life(run: RunDir, owner: str, *, resumed: bool) -> Life:
     lock = locks.FileLock(run.lock)
     if not lock.acquire({"owner": owner, "pid": os.getpid()}):
         raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
-    control.clear(run.control)
-    lives = _lives(run)
-    events = EventLog(run.events)
-    events.append("resumed" if resumed else "started", owner=owner, life=lives + 1)
+    try:
+        control.clear(run.control)  # a stop left for an earlier life must not end this one
+        lives = sum(event["kind"] in ("started", "resumed") for event in all_events(run.events))
+        events = EventLog(run.events)
+        events.append("resumed" if resumed else "started", owner=owner, life=lives + 1)
+    except OSError as error:
+        lock.release()
+        raise Refusal(f"The run's folder cannot be written: {error.strerror or error}. Nothing was started.") from None
+    except BaseException:
+        lock.release()
+        raise
     return Life(run, events, Signals(), lock, lives + 1)
-
-
-def _lives(run: RunDir) -> int:
-    from trainer.events import read_events
-
-    events, _ = read_events(run.events)
-    return sum(event["kind"] in ("started", "resumed") for event in events)
 
 
 def train_to_end(
@@ -71,7 +72,6 @@ def train_to_end(
     worker: Worker,
     machine: Machine,
     *,
-    skip_eval: bool = False,
     echo: Callable[[str], None] | None = None,
 ) -> str:
     """Train `life.run` until it ends, write the last event, free everything; returns the last event's kind.
@@ -84,22 +84,26 @@ def train_to_end(
         if echo is not None:
             echo(text)
 
-    watch = ControlWatch(life.run.control, life.events, life.signals)
-    watch.start()
     gpu = machine.gpu
-    telemetry = Telemetry(life.run.telemetry, _allocator if gpu else None, gpu.index if gpu else None)
-    telemetry.start()
-    try:
-        kind, fields = _attempt(life, workspace, worker, machine, telemetry, skip_eval, say)
+    with contextlib.ExitStack() as unwind:  # whatever happens here, the run's lock is freed last
+        unwind.callback(life.close)
+        watch = ControlWatch(life.run.control, life.events, life.signals)
+        watch.start()
+        unwind.callback(watch.stop)
+        telemetry = Telemetry(life.run.telemetry, _allocator if gpu else None, gpu.index if gpu else None)
+        telemetry.start()
+        unwind.callback(telemetry.stop)
+        kind, fields = _attempt(life, workspace, worker, machine, telemetry, say)
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
         if kind == "failed" and echo is not None:
             print(fields["cause"], file=sys.stderr)
-        life.events.append(kind, **fields)
+        try:
+            life.events.append(kind, **fields)
+        except OSError as error:  # the run will read as interrupted, which is what it is to a resume
+            print(
+                f"The end of run {life.run.run_id} could not be recorded: {error.strerror or error}.", file=sys.stderr
+            )
         return kind
-    finally:
-        telemetry.stop()
-        watch.stop()
-        life.close()
 
 
 def _attempt(
@@ -108,13 +112,12 @@ def _attempt(
     worker: Worker,
     machine: Machine,
     telemetry: Telemetry,
-    skip_eval: bool,
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Run the loop; whatever is raised becomes ("failed", cause), with no frame and no tensor kept alive."""
     fields: dict[str, Any] = {}
     try:
-        kind, fields = _run(life, workspace, worker, machine, telemetry, skip_eval, say)
+        kind, fields = _run(life, workspace, worker, machine, telemetry, say)
     except Refusal as refusal:
         kind, fields = "failed", {"cause": refusal.message, "field": refusal.field}
         traceback.clear_frames(refusal.__traceback__)
@@ -133,7 +136,6 @@ def _run(
     worker: Worker,
     machine: Machine,
     telemetry: Telemetry,
-    skip_eval: bool,
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     import torch
@@ -166,7 +168,7 @@ def _run(
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     try:
-        outcome = Training(around, config, get_ready(around, config, prompt, found, skip_eval)).loop()
+        outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
     except Left:
         wish = life.signals.wish
         return "paused" if wish.end == "pause" else "stopped", {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -52,16 +51,13 @@ class Signals:
 class ControlWatch:
     """Reads the run's control folder and acknowledges each command as an event, within a tenth of a second."""
 
-    def __init__(
-        self, folder: Path, events: EventLog, signals: Signals, on_set: Callable[[dict], str] | None = None
-    ) -> None:
-        self._folder, self._events, self._signals, self._on_set = folder, events, signals, on_set
+    def __init__(self, folder: Path, events: EventLog, signals: Signals) -> None:
+        self._folder, self._events, self._signals = folder, events, signals
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="control", daemon=True)
 
     def start(self) -> None:
-        """Begin reading; what was dropped for an earlier life of the run is swept away first."""
-        control.clear(self._folder)
+        """Begin reading, with what was dropped since the run's lock was taken."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -71,9 +67,11 @@ class ControlWatch:
 
     def _loop(self) -> None:
         while not self._ended.wait(0.1):
-            if any(self._folder.iterdir()):
+            try:
                 for order in control.take(self._folder):
                     self._answer(order)
+            except OSError:  # a full disk or a removed folder: the next look may work, and stop must go on working
+                continue
 
     def _answer(self, order: control.Order) -> None:
         if order.command in ("stop", "pause", "stop-now"):
@@ -84,5 +82,3 @@ class ControlWatch:
             self._signals.saved_by = order.by
             self._signals.save_asked.set()
             self._events.append("log", text=f"Checkpoint asked by {order.by}: saved after this step.")
-        elif order.command == "set" and self._on_set is not None:
-            self._events.append("log", text=self._on_set(order.args))

@@ -16,7 +16,7 @@ from trainer.config import flatten
 from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import smoke_checks as checks
-from trainer.loop.prepare import Left, build_model, pick_device, plan_of, safetensors_folder, split_rows, tokenise
+from trainer.loop.prepare import Left, all_tokens, build_model, pick_device, plan_of, safetensors_folder
 from trainer.machine import Machine
 from trainer.refusal import Refusal
 from trainer.report import Report, Verdict
@@ -79,17 +79,8 @@ def _check_all(
     device = pick_device(here.device)
     model_path = Path(config.model_path)
     report.doing("tokenising")
-    cache = tokenise(
-        config,
-        prompt,
-        model_path,
-        (workspace.tokens, workspace.profiles),
-        worker,
-        interrupt,
-        lambda done, total: None,
-        [file.path for file in config.data.files],
-    )
-    tokens = split_rows(config, cache, None)
+    tokens = all_tokens(config, prompt, (workspace.tokens, workspace.profiles), worker, interrupt)
+    cache = tokens.cache
     plan = plan_of(config, tokens)
     checks.data(report, cache, plan)
     checks.prompt_in_tokens(report, config, prompt, tokens, worker, workspace.profiles)

@@ -17,7 +17,7 @@ State = Literal[
     "diverged",
     "interrupted",
 ]
-Command = Literal["pause", "stop", "stop-now", "checkpoint", "set"]
+Command = Literal["pause", "stop", "stop-now", "checkpoint"]
 
 # last lifecycle event -> state while the run's lock is held
 _LIVE: dict[str, State] = {
@@ -42,7 +42,7 @@ LIVE_STATES: frozenset[State] = frozenset(_LIVE.values())
 _ALLOWED: dict[State, tuple[str, ...]] = {
     "queued": ("remove", "move"),
     "preparing": ("stop", "stop-now"),
-    "running": ("pause", "checkpoint", "stop", "stop-now", "set"),
+    "running": ("pause", "checkpoint", "stop", "stop-now"),
     "pausing": ("stop-now",),
     "stopping": ("stop-now",),
     "paused": ("resume", "discard"),

@@ -84,4 +84,7 @@ class Telemetry:
             values["limit_gib"] = psutil.virtual_memory().total / GIB
         self.peak_process_gib = max(self.peak_process_gib, values["process_gib"])
         self.latest = values
-        self._file.append(struct.pack(f"<{len(COLUMNS)}d", *(values[name] for name in COLUMNS)))
+        try:
+            self._file.append(struct.pack(f"<{len(COLUMNS)}d", *(values[name] for name in COLUMNS)))
+        except OSError:
+            return  # a full disk: the curve gets a gap, the training goes on

@@ -272,7 +272,7 @@ def _digits(value: float | None, digits: int) -> float | None:
 def _list(values: np.ndarray) -> list[Any]:
     """Numbers for the wire: six significant digits, whole ones without a point, NaN and infinity as words."""
     short = (float(f"{value:.6g}") if abs(value) < 1e5 else round(value, 1) for value in values.tolist())
-    return [0 if value != value else wire(value) for value in short]
+    return [int(value) if value.is_integer() else wire(value) for value in short]
 
 
 def _pair(x: np.ndarray, y: np.ndarray) -> list[list[Any]]:

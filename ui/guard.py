@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 
 from trainer.refusal import Refusal
 
@@ -169,17 +169,23 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        scope = self._below_root(scope)
-        refusal = self._refuse(scope, headers)
+        if self.rules.root_path and scope["path"] == self.rules.root_path:
+            refusal: Response | None = RedirectResponse(f"{self.rules.root_path}/")  # pages name their files relatively
+        else:
+            scope = self._below_root(scope)
+            refusal = self._refuse(scope, headers)
         if refusal is not None:
-            await self._answer(refusal, scope, receive, self._sealed(send, None))
+            await self._answer(refusal, scope, receive, self._sealed(send, ""))
             return
         token = _session_token(headers.get("cookie", ""))
         fresh = None if token else secrets.token_urlsafe(32)
         caller = self._caller(scope, token or fresh or "")
         clean = [pair for pair in scope["headers"] if pair[0] not in DROPPED_REQUEST_HEADERS]
         scope = {**scope, "headers": clean, "signalbox.caller": caller}
-        await self._within_limit(scope, receive, self._sealed(send, fresh), headers, caller)
+        cookie = f"{COOKIE}={fresh}; HttpOnly; SameSite=Lax; Path=/; Max-Age=31536000" if fresh else ""
+        if headers.get("x-forwarded-proto") == "https":
+            cookie = cookie and f"{cookie}; Secure"
+        await self._within_limit(scope, receive, self._sealed(send, cookie), headers, caller)
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
         host = headers.get("host", "")
@@ -211,8 +217,7 @@ class Guard:
         root, path = self.rules.root_path, scope["path"]
         if not root or not (path + "/").startswith(root + "/"):
             return scope
-        rest = path[len(root) :] or "/"
-        return {**scope, "path": rest, "raw_path": rest.encode("latin-1", "replace")}
+        return {**scope, "path": path[len(root) :] or "/"}
 
     def _knows(self, host: str) -> bool:
         name, _, port = host.rpartition(":") if re.search(r":\d+$", host) else (host, "", "")
@@ -285,8 +290,8 @@ class Guard:
         else:
             await response(scope, receive, send)
 
-    def _sealed(self, send: Any, fresh_token: str | None) -> Callable[[Any], Awaitable[None]]:
-        """`send` with our headers on every reply, none of Gradio's CORS ones, a cookie for a new session."""
+    def _sealed(self, send: Any, cookie: str) -> Callable[[Any], Awaitable[None]]:
+        """`send` with our headers on every reply, none of Gradio's CORS ones, and `cookie` if there is one."""
 
         async def sealed(event: Any) -> None:
             if event["type"] == "http.response.start":
@@ -300,8 +305,7 @@ class Guard:
                 kept += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 if not any(name.lower() == b"cache-control" for name, _ in kept):
                     kept.append((b"cache-control", b"no-store"))
-                if fresh_token:
-                    cookie = f"{COOKIE}={fresh_token}; HttpOnly; SameSite=Lax; Path=/; Max-Age=31536000"
+                if cookie:
                     kept.append((b"set-cookie", cookie.encode()))
                 event = {**event, "headers": kept}
             await send(event)

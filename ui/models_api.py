@@ -52,7 +52,7 @@ def _item(site: Site, path: Path) -> Item:
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in _files(path))
     where = "workspace" if path.parent == site.workspace.models_dir else str(path.parent)
-    cells = (where, disk(sum(size for _, size, _ in files)))
+    cells = (disk(sum(size for _, size, _ in files)), where)
     return Item(mark, path.name, path, cells, [list(file) for file in files])
 
 

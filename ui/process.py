@@ -48,7 +48,8 @@ class Options:
     @property
     def url(self) -> str:
         """Where the page is on this machine."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.root_path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}{self.root_path}{'/' if self.root_path else ''}"
 
     @property
     def lock(self) -> Path:

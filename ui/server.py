@@ -17,6 +17,7 @@ import gradio as gr
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import ui.data_api
@@ -59,15 +60,13 @@ def our_routes(site: Site) -> list[Route]:
     return [route for part in parts for route in part.routes(site)]
 
 
-def create_app(
-    site: Site, *, rules: Rules | None = None, root_path: str = "", restart: Callable[[], None] = lambda: None
-) -> Guard:
+def create_app(site: Site, rules: Rules, restart: Callable[[], None]) -> Guard:
     """The whole application behind its guard. Every Gradio setting that could widen what is reachable is
     passed by name, so that no GRADIO_… variable of the environment decides it."""
     app = Starlette(routes=our_routes(site))
     app.state.restart = restart
     demo = build_pages(site)
-    demo.root_path = root_path
+    demo.root_path = rules.root_path
     with warnings.catch_warnings():
         # several pages rule out server-side rendering, which we switch off anyway
         warnings.filterwarnings("ignore", message="SSR mode is not supported")
@@ -79,7 +78,7 @@ def create_app(
             footer_links=[],
             run_history=False,
             auth_dependency=_username,
-            root_path=root_path,
+            root_path=rules.root_path,
             allowed_paths=[],
             blocked_paths=[str(site.workspace.root)],
             show_error=False,
@@ -93,7 +92,13 @@ def create_app(
             head=f'<link rel="stylesheet" href="{asset_url("style.css")}">',
             app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         )
-    return Guard(app, rules or Rules())
+    # Gradio answers a number it has no function for with a KeyError, which would be a 500
+    app.routes[-1].app.add_exception_handler(KeyError, _no_such_function)  # type: ignore[attr-defined]
+    return Guard(app, rules)
+
+
+def _no_such_function(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "There is no such function."}, 404)
 
 
 def _username(request: Request) -> str:
@@ -117,7 +122,7 @@ class Server:
         self._sockets = [listening]
         self._ended = ended
         self.exit_code = 0
-        self.guard = create_app(site, rules=Rules(tuple(public_hosts), root_path), restart=self.restart)
+        self.guard = create_app(site, Rules(tuple(public_hosts), root_path), self.restart)
         config = uvicorn.Config(
             self.guard,
             proxy_headers=False,

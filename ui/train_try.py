@@ -23,11 +23,11 @@ MAKE_LIMIT_S = 300.0
 # small enough for a processor: a falling curve within a minute of the click
 SETTINGS: dict[str, Any] = {
     "hyperparams.method": "full",
-    "hyperparams.learning_rate": 2e-3,
-    "hyperparams.batch_size": 8,
+    "hyperparams.learning_rate": 4e-3,
+    "hyperparams.batch_size": 16,
     "hyperparams.gradient_accumulation": 1,
     "hyperparams.max_length": 256,
-    "hyperparams.max_steps": 300,
+    "hyperparams.max_steps": 200,
     "hyperparams.warmup_steps": 10,
     "hyperparams.use_gradient_checkpointing": False,
     "output.save_steps": 100,

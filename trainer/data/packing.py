@@ -27,6 +27,7 @@ class Plan:
     step_packs: np.ndarray  # int64 (steps, 2)
     epoch_ends: np.ndarray  # int64 (epochs,): the last step of each epoch
     held_out: np.ndarray  # int64
+    steps_per_epoch: int  # of a whole first epoch, also where the plan holds less than one
 
     @property
     def total_steps(self) -> int:
@@ -115,6 +116,7 @@ def make_plan(
     A step never crosses an epoch's border, so the last step of an epoch may be smaller. `max_steps` wins over `epochs`.
     """
     packs: list[np.ndarray] = []
+    whole_epoch = 0
     steps: list[tuple[int, int]] = []
     epoch_ends: list[int] = []
     epoch = 0
@@ -123,6 +125,7 @@ def make_plan(
         if len(chosen) == 0 and epoch > 1000:  # weights so small that no draw picks a row
             break
         new = _epoch_packs(chosen, lengths, capacity, seed, epoch)
+        whole_epoch = whole_epoch or -(-len(new) // packs_per_step)
         if max_steps is None and epochs - epoch < 1:
             new = new[: max(1, round(len(new) * (epochs - epoch)))]
         base = len(packs)
@@ -141,6 +144,7 @@ def make_plan(
         step_packs=np.array(steps, np.int64).reshape(-1, 2),
         epoch_ends=np.array(epoch_ends, np.int64),
         held_out=held_out,
+        steps_per_epoch=max(1, whole_epoch),
     )
 
 

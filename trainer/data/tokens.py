@@ -23,6 +23,7 @@ from trainer.data.build import Builder, Progress
 from trainer.data.formats import Scan, scan
 from trainer.data.render import RENDERER_VERSION
 from trainer.files import fsync_dir, read_json
+from trainer.launch import base_of
 from trainer.locks import FileLock
 from trainer.refusal import Refusal
 
@@ -106,11 +107,18 @@ class TokenCache:
         return np.add.reduceat(self._labels, self.offsets[:-1], dtype=np.int64)
 
 
+def tokenizer_folder(path: Path) -> Path:
+    """`path`, or the base model's folder for an adapter that came without a tokenizer of its own."""
+    own = any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"))
+    return path if own or not (path / "adapter_config.json").exists() else base_of(path)
+
+
 def load_tokenizer(path: Path | str) -> Any:
     """The tokenizer in a model folder, from local files and without code of the model; raises Refusal."""
     path = Path(path)
     if not path.is_dir():
         raise Refusal(f"There is no model folder {path.name}.", "model_path")
+    path = tokenizer_folder(path)
     from transformers import AutoTokenizer
 
     try:
@@ -165,7 +173,8 @@ def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:
 
 def tokenizer_files(model: Path) -> list[Path]:
     """The files in a model folder that its tokenizer and chat template are made of; raises Refusal for none."""
-    found = [model / name for name in _TOKENIZER_FILES if (model / name).is_file()]
+    folder = tokenizer_folder(model)
+    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         raise Refusal(f"{model.name} has no tokenizer files.", "model_path")
     return found

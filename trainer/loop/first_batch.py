@@ -20,17 +20,8 @@ from trainer.workspace import Workspace
 def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Worker) -> dict[str, Any]:
     """{"documents": [{row, file, line, tokens, labels, pieces: [{text, id, position, trained}]}], "summary"}."""
     files = [file.path for file in config.data.files]
-    cache = prepare.tokenise(
-        config,
-        prompt,
-        Path(config.model_path),
-        (workspace.tokens, workspace.profiles),
-        worker,
-        lambda: False,
-        lambda done, total: None,
-        files,
-    )
-    plan = prepare.plan_of(config, prepare.split_rows(config, cache, None))
+    tokens = prepare.all_tokens(config, prompt, (workspace.tokens, workspace.profiles), worker)
+    cache, plan = tokens.cache, prepare.plan_of(config, tokens)
     tokenizer = load_tokenizer(Path(config.model_path))
     batch = assemble(cache, plan.micro_batches(1, config.hyperparams.batch_size)[0], "cpu")
     trained = set((batch.label_at + 1).tolist())

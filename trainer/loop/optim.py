@@ -60,10 +60,10 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
 def state_by_name(optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
     """{"exp_avg/NAME": tensor, ...}: the states under the parameters' names, not their numbers."""
     return {
-        f"{key}/{name}": value
+        f"{key}/{name}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
         for name, parameter in named
         for key, value in optimizer.state[parameter].items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, (torch.Tensor, int))  # the 8-bit optimizer counts its steps in a plain number
     }
 
 
@@ -71,11 +71,18 @@ def restore(
     optimizer: torch.optim.Optimizer, named: list[tuple[str, nn.Parameter]], saved: dict[str, torch.Tensor]
 ) -> None:
     """Put saved states back; Refusal when a parameter has none, since the curve would change without a word."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in saved.items():
+        kind, name = key.split("/", 1)
+        by_name.setdefault(name, {})[kind] = value
+    adamw = isinstance(optimizer, torch.optim.AdamW)
     for name, parameter in named:
-        found = {key.split("/", 1)[0]: value for key, value in saved.items() if key.split("/", 1)[1] == name}
-        if len(found) < len(STATES):
+        found = by_name.get(name, {})
+        if not found or (adamw and set(found) != set(STATES)):
             raise Refusal(f"The checkpoint has no optimizer state for {name}; resuming would change the run.")
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+        if not adamw:
+            optimizer.state[parameter]["step"] = int(found["step"])
 
 
 class StepGuard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.data.loader import assemble
+from trainer.data.loader import MicroBatch, assemble
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
 from trainer.launch import Prompt, fingerprint
-from trainer.loop.forward import Choice, choose_path
+from trainer.loop.forward import Choice, choose_path, losses
 from trainer.loop.step import Stepper
 from trainer.models.activations import recompute
 from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
@@ -70,6 +71,8 @@ def pick_device(machine_device: str) -> str:
     """The torch device for the machine's device name; Refusal when the GPU cannot be used after all."""
     if machine_device == "cpu":
         return "cpu"
+    # the driver's numbering, which the lock and the telemetry use; torch's own puts the fastest card first
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if not torch.cuda.is_available():
         raise Refusal(
             "The GPU is there, but torch cannot use it (driver too old or device busy). "
@@ -83,7 +86,7 @@ def pick_precision(config: Config, device: str) -> Precision:
     wanted = config.hyperparams.fp_precision
     cuda = device.startswith("cuda")
     if wanted == "auto":
-        wanted = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+        wanted = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
     compute = DTYPES[wanted]
     if wanted == "fp32":
         return Precision(torch.float32, compute, None, False, "fp32")
@@ -142,6 +145,24 @@ def safetensors_folder(path: Path, root: Path, worker: Worker, say: Say) -> Path
     return target
 
 
+def all_tokens(
+    config: Config,
+    prompt: Prompt,
+    roots: tuple[Path, Path],
+    worker: Worker,
+    interrupt: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tokens:
+    """The tokens of the training files and of the held-out file, if there is one, parted into trained and held out."""
+
+    def cached(files: list[str]) -> TokenCache:
+        return tokenise(config, prompt, Path(config.model_path), roots, worker, interrupt, progress, files)
+
+    cache = cached([file.path for file in config.data.files])
+    own = config.data.validation_dataset_path
+    return split_rows(config, cache, cached([own]) if own and config.eval.eval_strategy != "no" else None)
+
+
 def split_rows(config: Config, cache: TokenCache, held_out: TokenCache | None) -> Tokens:
     """Decide which rows are trained and which are held out, and how often each trained row is seen."""
     share = 0.0 if held_out is not None or config.eval.eval_strategy == "no" else config.data.validation_split
@@ -198,6 +219,8 @@ def build_model(
     )
     trained: nn.Module = loaded.model
     if h.method != "full":
+        if is_adapter(source) and resume_from is None:
+            say("The adapter is trained on as it is: its own rank, alpha and targets, not those of the settings.")
         trained = (
             continue_lora(loaded.model, source)
             if is_adapter(source)
@@ -216,10 +239,9 @@ def build_model(
     else:
         say("Gradient checkpointing off.")
     trained.train()
-    choice = choose_path(
-        loaded.model, _short_rows(cache, device), compute=precision.compute, autocast=precision.autocast
-    )
-    say_attention(loaded, choice, device, say)
+    probe = _short_rows(cache, device)
+    choice = choose_path(loaded.model, probe, compute=precision.compute, autocast=precision.autocast)
+    say_attention(loaded, choice, probe, say)
     if h.compile:
         compile_layers(loaded, say)
     stepper = Stepper(
@@ -238,16 +260,19 @@ def build_model(
     return Model(loaded, trained, load_tokenizer(source), precision, choice, stepper)
 
 
-def say_attention(loaded: Loaded, choice: Choice, device: str, say: Say) -> None:
-    """The log's word on the attention kernel that will be called, and on every faster way that was passed over."""
-    kernel = loaded.attention.kernel
+def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -> None:
+    """The log's word on the attention kernel, seen in one pass as training makes it, and on what was passed over."""
+    loaded.attention.calls.clear()
+    with torch.no_grad():
+        losses(loaded.model, probe, choice.path)
+    called = set(loaded.attention.calls)
     if choice.path.way == "one row at a time":
         say("Flash Attention: not used, one row at a time through the model's own attention.")
-    elif kernel == "sdpa":
-        reason = "no GPU" if device == "cpu" else "this GPU or this torch has none"
+    elif called <= {"sdpa per document"}:
+        reason = "no GPU" if not probe.ids.is_cuda else "this GPU, this torch or this precision has none"
         say(f"Flash Attention: not available ({reason}); exact attention inside each row instead.")
     else:
-        say(f"Flash Attention: {kernel}, inside each row.")
+        say(f"Flash Attention: {', '.join(sorted(called))}, inside each row.")
     for way, reason in choice.passed_over:
         say(f"Loss path '{way}' passed over: {reason}.")
     say(f"Loss path: {choice.path.way}; on two rows it is the model's own loss to {choice.difference:.1e}.")
@@ -263,7 +288,7 @@ def compile_layers(loaded: Loaded, say: Say) -> None:
     say(f"Compile: {len(blocks)} layers; the first step takes longer.")
 
 
-def _short_rows(cache: TokenCache, device: str) -> Any:
+def _short_rows(cache: TokenCache, device: str) -> MicroBatch:
     """The two shortest rows of at least 16 tokens (or the longest two), as one micro-batch."""
     lengths = np.asarray(cache.lengths)
     order = np.argsort(lengths, kind="stable")

@@ -13,10 +13,9 @@ import numpy as np
 
 from trainer import checkpoint
 from trainer.data.packing import Plan, waste
-from trainer.data.tokens import TokenCache
 from trainer.events import EventLog
 from trainer.files import make_private_dir
-from trainer.launch import Prompt
+from trainer.launch import Prompt, fingerprint
 from trainer.loop import optim, prepare
 from trainer.loop.evaluate import micro_groups
 from trainer.loop.sampler import Sampler
@@ -30,7 +29,7 @@ from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 
 # what must be the same for a resume to be the same run; everything else may change
-MUST_MATCH = ("token_key", "plan", "seed", "threads", "model_fingerprint")
+MUST_MATCH = ("token_key", "held_out", "plan", "seed", "threads", "model")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,10 @@ class Progress:
     checkpointing: bool = False
     best_loss: float | None = None
     best_step: int | None = None
+    measured_loss: float | None = None  # held-out loss at `measured_step`, the newest measured
+    measured_step: int | None = None
+    best_saved_loss: float | None = None  # the best among checkpoints whose step was measured: pinned
+    best_saved_step: int | None = None
     checks_without_better: int = 0
     elapsed_s: float = 0.0
 
@@ -79,18 +82,16 @@ class Ready:
     facts: dict[str, Any]
 
 
-def get_ready(
-    around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None, skip_eval: bool
-) -> Ready:
+def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None) -> Ready:
     """Tokenise, plan, load; with `found` take up the state of that checkpoint. Raises Left when a stop was asked for."""
-    if skip_eval:
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"eval_strategy": "no"})})
     around.say(prompt.line)
     tokens = _tokens(around, config, prompt)
     plan = prepare.plan_of(config, tokens)
     _announce(around, config, tokens, plan)
     leave_if_asked(around)
     around.events.append("phase", name="load")
+    if found is not None:
+        _same_model(around, config)
     converted = make_private_dir(around.tokens_root.parent / "converted")
     model = prepare.build_model(
         config,
@@ -124,6 +125,18 @@ def get_ready(
     return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts)
 
 
+def _same_model(around: Surroundings, config: Config) -> None:
+    """The model folder must still be what the run was started with: an adapter on other weights is another model."""
+    started_with = around.run.snapshot()["model"]["fingerprint"]
+    now = fingerprint(Path(config.model_path))
+    if now != started_with:
+        raise Refusal(
+            f"Cannot resume: the model folder {Path(config.model_path).name} changed since the run was started "
+            f"({started_with}, now {now}). Put it back, or start a new run from this checkpoint's model.",
+            "model_path",
+        )
+
+
 def leave_if_asked(around: Surroundings) -> None:
     """Raise Left when a stop or a pause was asked for."""
     if around.signals.interrupt():
@@ -138,16 +151,10 @@ def _tokens(around: Surroundings, config: Config, prompt: Prompt) -> prepare.Tok
             last_s[0] = time.monotonic()
             around.events.append("phase", name="tokenise", done=done, total=total)
 
-    def cached(files: list[str]) -> TokenCache:
-        roots = (around.tokens_root, around.profiles_root)
-        path = Path(config.model_path)
-        return prepare.tokenise(config, prompt, path, roots, around.worker, around.signals.interrupt, progress, files)
-
     around.events.append("phase", name="tokenise", done=0, total=None)
-    cache = cached([file.path for file in config.data.files])
-    own = config.data.validation_dataset_path
-    held_out = cached([own]) if own and config.eval.eval_strategy != "no" else None
-    meta = cache.meta
+    roots = (around.tokens_root, around.profiles_root)
+    tokens = prepare.all_tokens(config, prompt, roots, around.worker, around.signals.interrupt, progress)
+    meta = tokens.cache.meta
     share = 100 * meta["labels"] / max(1, meta["tokens"])
     around.say(
         f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; "
@@ -155,19 +162,19 @@ def _tokens(around: Surroundings, config: Config, prompt: Prompt) -> prepare.Tok
     )
     if meta.get("template_note"):
         around.say(f"Template: {meta['template_note']}")
-    return prepare.split_rows(config, cache, held_out)
+    return tokens
 
 
 def _announce(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: Plan) -> None:
     if plan.total_steps == 0:
         raise Refusal("The plan has no step: there is no row to train on.", "data.dataset_path")
     h = config.hyperparams
-    per_epoch = int(plan.epoch_ends[0]) if len(plan.epoch_ends) else plan.total_steps
     lost = waste(plan, np.asarray(tokens.cache.lengths), h.max_length) if h.packing else None
     around.events.append(
         "plan",
         total_steps=plan.total_steps,
-        steps_per_epoch=per_epoch,
+        token_key=tokens.cache.meta["key"],
+        steps_per_epoch=plan.steps_per_epoch,
         rows=len(tokens.trained_rows),
         held_out_rows=len(plan.held_out),
         rows_per_step=h.rows_per_step,
@@ -189,7 +196,8 @@ def _facts(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: P
         "plan": digest.hexdigest()[:16],
         "seed": config.data.seed,
         "threads": around.threads,
-        "model_fingerprint": around.run.snapshot()["model"]["fingerprint"],
+        "model": around.run.snapshot()["model"]["fingerprint"],
+        "held_out": tokens.held_out.meta["key"],
     }
 
 

@@ -25,6 +25,14 @@ class _Limit(StoppingCriteria):
         return torch.full((input_ids.shape[0],), over, dtype=torch.bool, device=input_ids.device)
 
 
+def _ends(trained: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's and the model's own (Gemma ends a turn with another than its eos)."""
+    named = getattr(trained, "generation_config", None)
+    own = named.eos_token_id if named is not None else None
+    found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(found) or None
+
+
 def answer(
     trained: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -56,7 +64,7 @@ def answer(
                 use_cache=True,
                 logits_processor=LogitsProcessorList(processors),
                 pad_token_id=tokenizer.pad_token_id or 0,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=_ends(trained, tokenizer),
                 stopping_criteria=StoppingCriteriaList([_Limit(max_s, interrupt)]),
                 temperature=None,
                 top_p=None,

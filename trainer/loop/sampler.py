@@ -14,7 +14,6 @@ from trainer.data.render import Renderer
 from trainer.launch import Prompt
 from trainer.loop.prepare import Model, Tokens
 from trainer.loop.sample import answer
-from trainer.refusal import Refusal
 from trainer.schema import Config
 from trainer.worker import Worker
 
@@ -49,7 +48,9 @@ def held_out_messages(
     cache, rows = (
         (tokens.held_out, tokens.held_out_rows) if len(tokens.held_out_rows) else (tokens.cache, tokens.trained_rows)
     )
-    files = [file["path"] for file in cache.meta["files"]]
+    # the paths as they are now: the cache may have been made from another copy of the same bytes
+    own = config.data.validation_dataset_path
+    files = [own] if own and cache is not tokens.cache else [file.path for file in config.data.files]
     found = []
     for row in rows[:count]:
         file, _, index = (int(value) for value in np.asarray(cache.source)[row])
@@ -98,8 +99,10 @@ class Sampler:
             try:
                 text = self._answer(question, base=False)
                 base = self._answer(question, base=True) if lora else None
-            except Refusal as refusal:
-                self._around.events.append("alert", code="sample", step=step, text=refusal.message)
+            except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+                # a night of training must not end for want of a sample
+                text = f"Sample {number + 1} could not be written: {str(error).strip()[:200]}"
+                self._around.events.append("alert", code="sample", step=step, text=text)
                 continue
             self._around.events.append(
                 "sample",

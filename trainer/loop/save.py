@@ -58,7 +58,9 @@ def snapshot(
 ) -> Snapshot:
     """Copy weights (of an adapter: its matrices alone) and optimizer states off the device."""
     weights = get_peft_model_state_dict(trained) if isinstance(trained, PeftModel) else trained.state_dict()
-    return Snapshot(step, copy_to_host(weights), copy_to_host(optim.state_by_name(optimizer, named)), state)
+    # states of the 8-bit optimizer share their tables; files must not, so these copies are each their own
+    states = {name: t.detach().to("cpu", copy=True) for name, t in optim.state_by_name(optimizer, named).items()}
+    return Snapshot(step, copy_to_host(weights), states, state)
 
 
 class Saver:
@@ -94,6 +96,11 @@ class Saver:
             )
         self._thread = threading.Thread(target=self._write, args=(shot, pinned), name="saver")
         self._thread.start()
+
+    def join(self) -> None:
+        """Until nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
 
     def wait(self) -> None:
         """Until nothing is being written; raises Refusal when the writing went wrong."""

@@ -63,6 +63,7 @@ class Bench:
         self.seconds: list[float] = []
         self.tokens_done: list[int] = []
         self.peak_gib = 0.0
+        self.first_loss = float("nan")
 
     def step(self, rows: np.ndarray, number: int | None = None) -> float:
         """One optimiser step on one micro-batch; returns its loss. Raises Left when a stop was asked for."""
@@ -71,6 +72,8 @@ class Bench:
         record = self.model.stepper.step(number or self.taken + 1, [rows], self.tokens.cache, self.rate)
         assert record is not None
         loss, _, bad, _ = record.arrive()
+        if self.taken == 0:
+            self.first_loss = loss
         self.taken += 1
         self.seconds.append(sum(record.marks.seconds()) + record.data_s)
         self.tokens_done.append(record.tokens)
@@ -106,7 +109,7 @@ def prompt_in_tokens(
     from trainer.data.tokens import load_tokenizer
 
     row = int(tokens.trained_rows[0])
-    files = [file["path"] for file in tokens.cache.meta["files"]]
+    files = [file.path for file in config.data.files]
     file, line, index = (int(value) for value in np.asarray(tokens.cache.source)[row])
     view = worker.call(
         "view_row",
@@ -206,20 +209,28 @@ def checkpointing(report: Report, config: Config, model: Model, tokens: Tokens) 
     )
 
 
+def heaviest(plan: Plan, lengths: np.ndarray, size: int) -> list[np.ndarray]:
+    """Micro-batches of `size` packs (rows, unpacked), made of the longest of the plan, the heaviest first."""
+    starts = plan.pack_starts
+    tokens = np.add.reduceat(lengths[plan.rows], starts[:-1])
+    _, first_of_each = np.unique(plan.rows[starts[:-1]], return_index=True)  # later epochs bring the same rows again
+    order = first_of_each[np.argsort(-tokens[first_of_each], kind="stable")]
+    packs = [plan.rows[starts[pack] : starts[pack + 1]] for pack in order[: LONGEST_STEPS * size]]
+    return [np.concatenate(packs[at : at + size]) for at in range(0, len(packs), size)]
+
+
 def longest_rows(report: Report, bench: Bench) -> None:
     """Steps on the longest rows of the data first: what fits them fits the run."""
-    tokens = bench.tokens
-    lengths = np.asarray(tokens.cache.lengths)
-    order = tokens.trained_rows[np.argsort(-lengths[tokens.trained_rows], kind="stable")]
     size = bench.config.hyperparams.batch_size
+    groups = heaviest(bench.plan, np.asarray(bench.tokens.cache.lengths), size)[:LONGEST_STEPS]
     found = []
     if bench.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    for start in range(0, min(LONGEST_STEPS * size, len(order)), size):
-        found.append(bench.step(order[start : start + size]))
+    for rows in groups:
+        found.append(bench.step(rows))
     if not np.all(np.isfinite(found)):
         _diverged(bench)
-    longest = int(lengths[order[0]])
+    longest = int(np.asarray(bench.tokens.cache.lengths)[groups[0]].max())
     if bench.device.startswith("cuda"):
         report.add(
             "memory",
@@ -245,14 +256,16 @@ def loss_falls(report: Report, bench: Bench) -> None:
     """One typical batch, trained again and again at the chosen rate, is learnt; a rate too high shows here."""
     rows = bench.plan.micro_batches(1, bench.config.hyperparams.batch_size)[0]
     found = [bench.step(rows) for _ in range(REPEATED_STEPS)]
-    if not np.all(np.isfinite(found)) or found[-1] > MAY_RISE * found[0]:
+    # the steps before may have ruined the weights already: what counts is the loss that the model came with
+    start = min(found[0], bench.first_loss)
+    if not np.all(np.isfinite(found)) or found[-1] > MAY_RISE * start:
         last = found[-1] if np.isfinite(found[-1]) else "NaN"
         report.add(
             "learns",
             "problem",
-            f"The rate {bench.rate:.2g} is too high: the loss of one batch went from {found[0]:.3f} to "
+            f"The rate {bench.rate:.2g} is too high: the loss went from {start:.3f} to "
             + (f"{last:.3f}" if not isinstance(last, str) else last)
-            + f" in {REPEATED_STEPS} steps. Try a tenth of it.",
+            + f" in {bench.taken} steps. Try a tenth of it.",
         )
         raise Refusal("The remaining checks were left out: weights that diverge prove nothing.")
     fall = 1 - found[-1] / found[0]
@@ -297,12 +310,14 @@ def checkpoint_round_trip(report: Report, bench: Bench, folder: Path) -> None:
     saver.save(shot, set())
     saver.wait()
     events.close()
-    first = bench.step(rows, number)
     found = checkpoint.newest_verified(folder / "checkpoints")
     size = sum(path.stat().st_size for path in found.path.rglob("*") if path.is_file())
-    different = _load_back(found.path, shot, model)
-    second = bench.step(rows, number)
-    checkpoint.remove(found.path)
+    try:
+        first = bench.step(rows, number)
+        different = _load_back(found.path, shot, model)
+        second = bench.step(rows, number)
+    finally:
+        checkpoint.remove(found.path)
     report.fact(checkpoint_bytes=size, save_s=saver.last_seconds)
     same = first == second if bench.device == "cpu" else abs(first - second) <= 1e-3 * abs(first)
     if different or not same:
@@ -408,6 +423,8 @@ def forecast(report: Report, bench: Bench, folder: Path) -> None:
 
 def report_size(bench: Bench, folder: Path) -> int:
     """Bytes of the most checkpoints that exist at once: those kept, the best, and one being written."""
-    stepper = bench.model.stepper
-    shot = snapshot(0, bench.model.trained, stepper.named, stepper.optimizer, {})
-    return shot.size_bytes * (bench.config.output.save_total_limit + 2)
+    stepper, trained = bench.model.stepper, bench.model.trained
+    whole = trained.parameters() if not isinstance(trained, PeftModel) else [p for _, p in stepper.named]
+    weights = sum(parameter.nbytes for parameter in whole)
+    states = sum(state.nbytes for state in optim.state_by_name(stepper.optimizer, stepper.named).values())
+    return (weights + states) * (bench.config.output.save_total_limit + 2)

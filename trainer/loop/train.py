@@ -79,6 +79,7 @@ class Training:
                     return ended
             return self._ended("finished")
         finally:
+            self.saver.join()  # a file still being written must not outlive the run's lock
             self.metrics.close()
 
     def _one_step(self) -> bool:
@@ -143,29 +144,34 @@ class Training:
         self.progress.elapsed_s += seconds
         forward_backward_s, optimizer_s = record.marks.seconds()
         memory = self.around.telemetry.latest
-        self.metrics.step(
-            {
-                "step": record.step,
-                "t": time.time(),
-                "elapsed_s": self.progress.elapsed_s,
-                "loss": loss,
-                "grad_norm": norm,
-                "learning_rate": record.rate,
-                "labels": record.labels,
-                "tokens": record.tokens,
-                "rows": len(record.rows),
-                "seconds": seconds,
-                "data_s": record.data_s,
-                "forward_backward_s": forward_backward_s,
-                "optimizer_s": optimizer_s,
-                "allocated_gib": memory["allocated_gib"],
-                "reserved_gib": memory["reserved_gib"],
-                "process_gib": memory["process_gib"],
-                "device_gib": memory["device_gib"],
-                "peak_gib": self._peak_gib(),
-            },
-            list(zip(record.rows, sums, record.labels_of_row, strict=True)),
-        )
+        values = {
+            "step": record.step,
+            "t": time.time(),
+            "elapsed_s": self.progress.elapsed_s,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": record.rate,
+            "labels": record.labels,
+            "tokens": record.tokens,
+            "rows": len(record.rows),
+            "seconds": seconds,
+            "data_s": record.data_s,
+            "forward_backward_s": forward_backward_s,
+            "optimizer_s": optimizer_s,
+            "allocated_gib": memory["allocated_gib"],
+            "reserved_gib": memory["reserved_gib"],
+            "process_gib": memory["process_gib"],
+            "device_gib": memory["device_gib"],
+            "peak_gib": self._peak_gib(),
+        }
+        try:
+            self.metrics.step(values, list(zip(record.rows, sums, record.labels_of_row, strict=True)))
+        except OSError as error:  # a full disk leaves a gap in the curve; the training goes on
+            if not self.disk_is_low:
+                self.disk_is_low = True
+                self.around.say(
+                    f"Step {record.step} could not be recorded: {error.strerror or error}. Training goes on."
+                )
         if bad and self.diverged_at is None:
             self.diverged_at = record.step
         self._mark_spike(record.step, loss)
@@ -256,6 +262,7 @@ class Training:
             return False
         progress = self.progress
         best = progress.best_loss is None or loss < progress.best_loss
+        progress.measured_loss, progress.measured_step = loss, progress.step
         if best:
             progress.best_loss, progress.best_step, progress.checks_without_better = loss, progress.step, 0
         else:
@@ -272,14 +279,19 @@ class Training:
     def _save(self) -> None:
         """Copy the state off the device and let it be written; training goes on meanwhile."""
         progress = self.progress
+        if progress.step == self.saved_step:
+            return
+        loss = progress.measured_loss if progress.measured_step == progress.step else None
+        if loss is not None and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
+            progress.best_saved_loss, progress.best_saved_step = loss, progress.step
         state = {
             "step": progress.step,
             "progress": dict(vars(progress)),  # a copy: the loop goes on while the files are written
-            "best_step": progress.best_step,
+            "best_step": progress.best_saved_step,
             "facts": self.ready.facts,
             "scaler": self.stepper.scaler.state_dict() or None,
         }
-        pinned = {progress.best_step} if progress.best_step is not None else set()
+        pinned = {progress.best_saved_step} if progress.best_saved_step is not None else set()
         self._aside(
             "save",
             lambda: self.saver.save(
@@ -295,7 +307,7 @@ class Training:
         self._arrivals(0)
         if self.diverged_at is not None:
             return self._diverged()
-        if self.progress.step not in (0, self.saved_step) and not fields.get("now"):
+        if self.progress.step and not fields.get("now"):
             self._save()
         self.saver.wait()
         saved = checkpoint.listed(self.around.run.checkpoints)

@@ -51,8 +51,11 @@ class DocumentAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, T, H, D)."""
-        if documents is None:  # generation and reference passes: one sequence with a cache, transformers' own path
-            self.calls["sdpa"] += 1
+        if documents is None:  # generation and single rows: one sequence with a cache, transformers' own path
+            self._count("sdpa")
+            if softcap is not None:
+                scaled = scaling if scaling is not None else query.shape[-1] ** -0.5
+                return _capped(query, key, value, dropout, scaled, sliding_window, softcap).transpose(1, 2), None
             return sdpa_attention_forward(
                 module,
                 query,
@@ -61,19 +64,26 @@ class DocumentAttention:
                 attention_mask,
                 dropout=dropout,
                 scaling=scaling,
-                softcap=softcap,
                 **kwargs,
             )
         if kwargs.get("s_aux") is not None:
             raise NotImplementedError("attention sinks")
         scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if torch.is_autocast_enabled(query.device.type):
+            # rotary embeddings give float32 while the values are half: one format, or no fast kernel takes them
+            format_ = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(format_), key.to(format_), value.to(format_)
         half = query.dtype in (torch.bfloat16, torch.float16)
         if self.kernel != "sdpa" and half and softcap is None and dropout == 0.0:
-            self.calls[self.kernel] += 1
+            self._count(self.kernel)
             function = _varlen if self.kernel == "varlen" else _flash
             return function(query, key, value, documents, scaling, sliding_window), None
-        self.calls["sdpa per document"] += 1
+        self._count("sdpa per document")
         return _each_document(query, key, value, documents, dropout, scaling, sliding_window, softcap), None
+
+    def _count(self, kernel: str) -> None:
+        if not torch.compiler.is_compiling():  # a changing number in the graph would compile it again at every call
+            self.calls[kernel] += 1
 
 
 def _varlen(
@@ -180,11 +190,14 @@ def _capped(
     window: int | None,
     softcap: float,
 ) -> torch.Tensor:
-    """Scores pressed into +-softcap by tanh before the softmax (Gemma 2, arXiv:2408.00118, section 2)."""
+    """Scores pressed into +-softcap by tanh before the softmax (Gemma 2, arXiv:2408.00118, section 2).
+
+    q (1, H, Q, D), k and v (1, H or fewer, K, D) with K >= Q: the queries are the last of the sequence. -> (1, H, Q, D)
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh(q @ k.transpose(2, 3) * scaling / softcap) * softcap  # (1, H, T, T)
-    seen = _band(q.shape[2], window or q.shape[2], q.device)
+    scores = torch.tanh(q @ k.transpose(2, 3) * scaling / softcap) * softcap  # (1, H, Q, K)
+    seen = _band(k.shape[2], window or k.shape[2], q.device)[-q.shape[2] :]
     weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 

@@ -72,7 +72,6 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
             f"Cannot train {base.name}: {len(missing)} tensors are missing, first {missing[0]}. Download it again.",
             "model_path",
         )
-    model.config.use_cache = False
     if not quantise:
         model = model.to(device)
     _refuse_non_finite(model)

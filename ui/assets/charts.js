@@ -110,10 +110,11 @@
     /** The y axis of row `at` of `count`, the topmost first, with its title above. */
     addRow(layout, row, at, count, axis) {
       const { title, type = "linear", rangemode = "normal", tickformat = "", nticks = count > 1 ? 4 : 6 } = row;
+      const grid = { showgrid: !row.isEmpty, showticklabels: !row.isEmpty };
       const gap = count > 1 ? ROW_GAP / count : 0;
       const domain = [(count - 1 - at) / count, (count - at) / count - gap];
       const range = this.yRange && at === 0 ? { range: this.yRange, autorange: false } : { autorange: true };
-      layout[at ? `yaxis${at + 1}` : "yaxis"] = { ...axis, type, rangemode, domain, nticks, tickformat, ...range };
+      layout[at ? `yaxis${at + 1}` : "yaxis"] = { ...axis, type, rangemode, domain, nticks, tickformat, ...grid, ...range };
       if (!title) return;
       const place = { x: 0, y: domain[1], xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom" };
       layout.annotations.push({ text: title, ...place, showarrow: false, font: axis.tickfont });
@@ -127,7 +128,8 @@
     async update(model, anew) {
       this.model = model;
       const drawing = this.define(model, this.view);
-      const shape = JSON.stringify(drawing.traces.map((t) => [t.name, t.mode]));
+      const rows = drawing.rows.map(({ traces, ...row }) => row);
+      const shape = JSON.stringify([rows, drawing.traces.map((t) => [t.name, t.mode])]);
       const grew = drawing.traces.every((t, i) => t.x.length >= (this.counts?.[i] ?? 0));
       if (anew || !this.isDrawn || shape !== this.shape || !grew) await this.drawAll(drawing);
       else await this.drawNew(drawing);
@@ -151,7 +153,9 @@
     }
 
     async drawNew(drawing) {
-      this.box.layout.xaxis.range = this.xRange(); // taken up by the extension below, without a drawing of its own
+      const range = this.xRange(), isMoved = JSON.stringify(range) !== JSON.stringify(this.box.layout.xaxis.range);
+      this.box.layout.xaxis.range = range; // taken up by an extension below, without a drawing of its own
+      let isExtended = false;
       for (const isMark of [false, true]) {
         const fresh = drawing.traces.map((t, i) => i)
           .filter((i) => Boolean(drawing.traces[i].text) === isMark && drawing.traces[i].x.length > this.counts[i]);
@@ -159,13 +163,14 @@
         const tail = (key) => fresh.map((i) => drawing.traces[i][key].slice(this.counts[i]));
         const update = { x: tail("x"), y: tail("y"), ...(isMark ? { text: tail("text") } : {}) };
         await Plotly.extendTraces(this.box, update, fresh);
+        isExtended = true;
       }
       const around = JSON.stringify([drawing.shapes, drawing.notes]);
       if (around !== this.around) {
         this.around = around;
         const { shapes, annotations } = this.layout(drawing);
-        await Plotly.relayout(this.box, { shapes, annotations });
-      }
+        await Plotly.relayout(this.box, { shapes, annotations, "xaxis.range": range });
+      } else if (isMoved && !isExtended) await Plotly.relayout(this.box, { "xaxis.range": range });
     }
 
     listen() {

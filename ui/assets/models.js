@@ -13,7 +13,7 @@
           ". Copy a folder there, or start Signalbox with --model-root and a folder of yours.")));
     const shelf = new Shelf(root, {
       kind: "models",
-      columns: ["Where", "#Size"],
+      columns: ["#Size", "Where"],
       onItems: checkNew(() => shelf.soon()),
       empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", or make the starter model above."),
       more: () => [

@@ -10,6 +10,7 @@
   const SHADES = 200;
   const ROOM = 0.06; // share of the axis from which on a phase has room for its name
   const SIGNS = { "line-ns-open": "M8 1v8", "triangle-up": "M8 1l4 8H4z", "x-thin-open": "M4 1l8 8m0-8l-8 8" };
+  const WAITING = { text: "The curve begins with the first step.", x: 0.5, y: 0.5, xref: "paper", yref: "paper" };
   const DASHES = { dash: "4 3", dot: "1 3" };
 
   const finite = (value) => (Number.isFinite(value) ? value : null);
@@ -54,7 +55,8 @@
         ...signs(model, at, ink, breaks, [...unsound("loss", losses), ...unsound("held-out loss", evals)]),
       ],
       shapes: [...breaks.map((event) => wall(at.ofStep(event.step), ink.bad)), ...seams(model, at, ink)],
-      rows: [{ type: view.log ? "log" : "linear" }],
+      notes: x.length ? [] : [WAITING],
+      rows: [{ type: view.log ? "log" : "linear", isEmpty: !x.length }],
     };
   }
 

@@ -5,10 +5,8 @@
   const signalbox = (window.signalbox ??= {});
   const CALM_MS = 5000;
   const PENDING_MS = 700;
-  const TYPING_MS = 150;
   const NOTING_MS = 400;
   const by = (id) => document.getElementById(id);
-  const fieldOf = (key) => by(`f-${key.replaceAll(".", "-")}`);
 
   const PARTS = ["train-toolbar", "train-first", "gate", "train-view", "train-bottom", "f-hyperparams-method"];
 
@@ -17,7 +15,8 @@
 
   function begin(element, trigger, watch, props) {
     const root = by("train");
-    const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0, texts: new Map(), sending: Promise.resolve() };
+    const fields = signalbox.trainFields(root, { ask, message, state: () => page.state });
+    const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0 };
 
     // ---- state of the server ------------------------------------------------------------------------------------
     async function ask() {
@@ -41,7 +40,6 @@
     }
 
     function show(state) {
-      const before = page.state;
       page.state = state;
       if (page.failures > 1) message("");
       const first = state.empty && !page.wantsForm;
@@ -50,9 +48,10 @@
       showTry(state.try_it);
       showToolbar(state);
       showGate(state);
-      showFields(state);
-      const isOurs = state.form_revision === page.shownRevision || page.texts.size > 0 || page.isSending;
-      if (before && before.form_revision !== state.form_revision && !isOurs) act({ act: "refresh" });
+      fields.show(state);
+      // another tab of this session has changed the draft: show it here too
+      const isShown = fields.shownRevision === undefined || state.form_revision === fields.shownRevision;
+      if (!isShown && !fields.isBusy()) act({ act: "refresh" });
       root.classList.remove("sb-waiting");
       document.dispatchEvent(new CustomEvent("signalbox:train", { detail: state }));
     }
@@ -92,7 +91,7 @@
       event.preventDefault();
       const said = by("train-save-message");
       try {
-        const answer = await post("api/train/save", { name: by("train-save-name").value });
+        const answer = await fields.post("api/train/save", { name: by("train-save-name").value });
         said.className = "sb-help";
         said.textContent = answer.said;
       } catch (error) {
@@ -122,7 +121,7 @@
     }
 
     function formFit() {
-      if (!by("form-fit")) fieldOf("hyperparams.method").after(signalbox.el("div", { id: "form-fit" }));
+      if (!by("form-fit")) by("f-hyperparams-method").after(signalbox.el("div", { id: "form-fit" }));
       return by("form-fit");
     }
 
@@ -145,10 +144,10 @@
 
     async function go(address) {
       message("");
-      await flush();
+      await fields.flush();
       for (const id of ["train-start", "bottom-start", "train-smoke", "bottom-smoke"]) by(id).disabled = true;
       try {
-        const answer = await post(address, {});
+        const answer = await fields.post(address, {});
         if (answer.go) return void location.assign(answer.go);
         message(answer.said ?? "", false);
       } catch (error) {
@@ -156,122 +155,6 @@
         by("gate").scrollIntoView({ block: "nearest" });
       }
       ask();
-    }
-
-    // ---- what is typed ------------------------------------------------------------------------------------------
-    function typed(key, text) {
-      page.texts.set(key, text);
-      clearTimeout(page.typing);
-      page.typing = setTimeout(flush, TYPING_MS);
-    }
-
-    /** Send what was typed, in order; what cannot be sent is kept and sent with the next. */
-    function flush(keepalive = false) {
-      clearTimeout(page.typing);
-      if (!page.texts.size) return page.sending;
-      const values = Object.fromEntries(page.texts);
-      page.texts.clear();
-      page.sending = page.sending.then(async () => {
-        page.isSending = true;
-        try {
-          await post("api/train/fields", { values }, keepalive);
-        } catch (error) {
-          for (const [key, text] of Object.entries(values)) if (!page.texts.has(key)) page.texts.set(key, text);
-          page.typing = setTimeout(flush, CALM_MS);
-          message(`What was typed is not saved yet (${error.message}). Trying again.`);
-        }
-        page.isSending = false;
-      });
-      return page.sending.then(ask);
-    }
-
-    /** POST that notes the draft's revision, so that our own changes are not taken for another tab's. */
-    async function post(address, body, keepalive = false) {
-      const headers = { "content-type": "application/json" };
-      const reply = await fetch(address, { method: "POST", headers, body: JSON.stringify(body), keepalive });
-      const answer = await reply.json().catch(() => ({}));
-      if (!reply.ok) throw new Error(answer.error ?? `the server answered ${reply.status}`);
-      page.shownRevision = answer.revision;
-      return answer;
-    }
-
-    // ---- fields -------------------------------------------------------------------------------------------------
-    function showFields(state) {
-      for (const wrapper of root.querySelectorAll(".sb-field")) {
-        const key = state.keys[wrapper.id];
-        const input = wrapper.querySelector("input, textarea");
-        if (!input || !key) continue;
-        const below = messageOf(wrapper, input);
-        const problem = state.problems[key] ?? "";
-        const note = state.notes[key] ?? "";
-        wrapper.classList.toggle("sb-bad", problem !== "");
-        wrapper.classList.toggle("sb-noted", !problem && note !== "");
-        signalbox.say(below, problem || note);
-        input.setAttribute("aria-invalid", String(problem !== ""));
-      }
-      for (const summary of root.querySelectorAll(".sb-summary")) signalbox.say(summary, state.summaries[summary.dataset.summary] ?? "");
-    }
-
-    /** The line under a field: help until there is a problem or a note; all of it belongs to the input for readers. */
-    function messageOf(wrapper, input) {
-      const id = `${wrapper.id}-message`;
-      let node = by(id);
-      if (node) return node;
-      node = document.createElement("div");
-      node.id = id;
-      node.className = "sb-field-message";
-      node.setAttribute("role", "status");
-      const help = wrapper.querySelector(".info-text, [class*='info-text']");
-      if (help) help.id = `${wrapper.id}-help`;
-      wrapper.append(node);
-      input.setAttribute("aria-describedby", `${wrapper.id}-help ${id}`);
-      input.spellcheck = false;
-      if (input.getAttribute("role") === "combobox") input.placeholder = "Choose";
-      return node;
-    }
-
-    function goTo(key) {
-      const wrapper = fieldOf(key);
-      if (!wrapper) return;
-      clearSearch();
-      if (wrapper.classList.contains("sb-advanced") || wrapper.closest(".sb-group.sb-advanced")) view("all");
-      openGroup(wrapper.closest(".sb-group"), true);
-      wrapper.scrollIntoView({ block: "center" });
-      wrapper.querySelector("input, textarea")?.focus({ preventScroll: true });
-    }
-
-    function openGroup(group, isOpen) {
-      const button = group?.querySelector("[data-opens]");
-      if (!button) return;
-      group.classList.toggle("sb-closed", !isOpen);
-      button.setAttribute("aria-expanded", String(isOpen));
-    }
-
-    function view(name) {
-      root.dataset.view = name;
-      localStorage.setItem("signalbox-view", name);
-      for (const button of root.querySelectorAll("[data-view]")) if (button !== root) button.setAttribute("aria-pressed", String(button.dataset.view === name));
-    }
-
-    function clearSearch() {
-      by("train-find").value = "";
-      find();
-    }
-
-    /** Show only the settings whose name, key or help holds the words typed. */
-    function find() {
-      const words = by("train-find").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-      root.classList.toggle("sb-searching", words.length > 0);
-      for (const wrapper of root.querySelectorAll(".sb-field")) {
-        const text = `${wrapper.textContent} ${wrapper.id.slice(2)} ${wrapper.id.replaceAll(/[_-]/g, " ")}`.toLowerCase();
-        wrapper.classList.toggle("sb-miss", words.length > 0 && !words.every((word) => text.includes(word)));
-      }
-      for (const group of root.querySelectorAll(".sb-group")) {
-        const hits = group.querySelectorAll(".sb-field:not(.sb-miss)").length;
-        group.classList.toggle("sb-no-hit", words.length > 0 && hits === 0);
-      }
-      const hits = root.querySelectorAll(".sb-field:not(.sb-miss)").length;
-      signalbox.say(by("train-said"), words.length ? (hits ? `${hits} setting${hits > 1 ? "s" : ""} found` : "No setting has these words.") : "");
     }
 
     // ---- first screen -------------------------------------------------------------------------------------------
@@ -288,7 +171,7 @@
       by("train-try").disabled = true;
       page.isTrying = true;
       try {
-        await post("api/train/try", {});
+        await fields.post("api/train/try", {});
       } catch (error) {
         by("train-try-said").textContent = error.message;
         page.isTrying = false;
@@ -298,29 +181,17 @@
 
     // ---- what people do -----------------------------------------------------------------------------------------
     function act(data) {
+      fields.expect();
       trigger("click", data);
     }
 
     async function putBack(button) {
       try {
-        by("train-save-message").textContent = (await post("api/train/restore", { name: button.dataset.name, backup: button.dataset.backup })).said;
+        by("train-save-message").textContent = (await fields.post("api/train/restore", { name: button.dataset.name, backup: button.dataset.backup })).said;
         act({ act: "refresh" });
       } catch (error) {
         by("train-save-message").textContent = error.message;
       }
-    }
-
-    function keyOf(target) {
-      return page.state?.keys[target.closest?.(".sb-field")?.id];
-    }
-
-    function isTextBox(target) {
-      return target.matches('textarea, input[type="text"]') && target.getAttribute("role") !== "combobox";
-    }
-
-    /** Lines that judged a setting are out of date from the moment it is touched, not from the next answer on. */
-    function grey(key) {
-      for (const line of by("gate-lines").querySelectorAll(`[data-fields~="${CSS.escape(key)}"]`)) line.classList.add("sb-stale");
     }
 
     const CLICKS = {
@@ -328,11 +199,11 @@
         act(JSON.parse(button.dataset.act));
         if (by("train-suggestions").contains(button)) drawer("train-suggestions", false);
       },
-      "[data-goto]": (button) => goTo(button.dataset.goto),
+      "[data-goto]": (button) => fields.goTo(button.dataset.goto),
       "[data-closes]": (button) => drawer(button.dataset.closes, false),
       "[data-backup]": putBack,
-      "button[data-view]": (button) => view(button.dataset.view),
-      "[data-opens]": (button) => openGroup(by(button.dataset.opens), button.getAttribute("aria-expanded") === "false"),
+      "button[data-view]": (button) => fields.view(button.dataset.view),
+      "[data-opens]": (button) => fields.openGroup(by(button.dataset.opens), button.getAttribute("aria-expanded") === "false"),
       "#train-changes": () => drawer("train-diff", by("train-diff").hidden),
       "#train-save-as": () => {
         by("train-save-name").value = page.state?.base || "";
@@ -350,16 +221,14 @@
       },
     };
     root.addEventListener("click", (event) => {
+      if (event.target.closest(".sb-field")) fields.expect();
       for (const [selector, handler] of Object.entries(CLICKS)) {
         const button = event.target.closest(selector);
         if (button && root.contains(button)) return void handler(button);
       }
     });
     root.addEventListener("input", (event) => {
-      const key = keyOf(event.target);
-      if (key) grey(key);
-      if (key && isTextBox(event.target)) typed(key, event.target.value);
-      if (event.target.id === "train-find") find();
+      fields.touched(event.target);
       if (event.target.id === "train-name" || event.target.id === "train-why") note(event.target);
     });
     root.addEventListener("change", (event) => {
@@ -371,22 +240,22 @@
       input.dataset.typing = "yes";
       clearTimeout(page.noting);
       page.noting = setTimeout(async () => {
-        await post("api/train/note", { name: by("train-name").value, why: by("train-why").value });
+        await fields.post("api/train/note", { name: by("train-name").value, why: by("train-why").value });
         delete input.dataset.typing;
       }, NOTING_MS);
     }
 
     watch("value", () => {
       const signal = JSON.parse(props.value || "{}");
-      if (signal.revision !== undefined) page.shownRevision = signal.revision;
+      if (signal.revision !== undefined) fields.answered(signal.revision);
       if (signal.said) message(signal.said);
       ask();
     });
     addEventListener("focus", ask);
-    addEventListener("pagehide", () => flush(true));
-    root.addEventListener("focusout", () => flush());
+    addEventListener("pagehide", () => fields.flush(true));
+    root.addEventListener("focusout", () => fields.flush());
     document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());
-    view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
+    fields.view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);
     ask();
   }

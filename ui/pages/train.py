@@ -37,7 +37,7 @@ _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
 def build(site: Site) -> None:
     """Build the page into the current Blocks."""
     header(site, "Train")
-    scripts = ("elements.js", "train.js", "train_view.js")
+    scripts = ("elements.js", "train_fields.js", "train_view.js", "train.js")
     head = "".join(f'<script src="{asset_url(name)}"></script>' for name in scripts)
     head += f'<link rel="stylesheet" href="{asset_url("train.css")}">'
     with gr.Column(elem_id="train", elem_classes=["sb-waiting"]):
