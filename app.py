@@ -164,7 +164,7 @@ def supervise(options: Options) -> int:
             child.send_signal(number)
         code = child.wait()
         crashed = code < 0 and -code not in SIGNALS
-        if stop.is_set() or not crashed:
+        if stop.is_set() or not (crashed or code == RESTART_CODE):
             return max(code, 0)
         if len(starts) > RESTARTS and time.monotonic() - starts[0] < RESTARTS_WITHIN_S:
             say(

@@ -29,7 +29,7 @@ def values(step: int, loss: float) -> dict[str, float]:
         **dict.fromkeys(COLUMNS, 0.0),
         "step": step,
         "loss": loss,
-        "t": 1000.0 + step,
+        "t": NOW + 0.5 * step,
         "tokens": 10.0,
         "seconds": 0.5,
     }
