@@ -149,6 +149,28 @@ def test_our_files_may_be_kept_for_good_and_an_old_address_may_not(app_url: str)
         assert reply.headers["cache-control"] == "no-cache"
 
 
+@pytest.mark.browser
+def test_the_second_page_takes_its_scripts_out_of_the_browsers_own_store(app_url: str, browser: Any) -> None:
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.goto(f"{app_url}/data")
+    tab.wait_for_selector("#sb-status .sb-glyph")
+    tab.goto(f"{app_url}/models")
+    tab.wait_for_selector("#sb-status .sb-glyph")
+    sizes = tab.evaluate(
+        "performance.getEntriesByType('resource').filter(e => /\\/(assets|files)\\//.test(e.name)).map(e => e.transferSize)"
+    )
+    context.close()
+    assert len(sizes) > 20
+    assert sum(size > 0 for size in sizes) <= 8, "scripts of the first page were fetched again"
+
+
+def test_what_somebody_typed_or_trained_is_never_kept_by_the_browser(app_url: str) -> None:
+    for path in ("live", "api/state", "api/data"):
+        with urllib.request.urlopen(f"{app_url}/{path}", timeout=20) as reply:
+            assert reply.headers["cache-control"] == "no-store"
+
+
 def test_plotly_comes_out_of_the_installed_wheel(app_url: str) -> None:
     import importlib.metadata
 

@@ -175,7 +175,7 @@ class Guard:
             scope = self._below_root(scope)
             refusal = self._refuse(scope, headers)
         if refusal is not None:
-            await self._answer(refusal, scope, receive, self._sealed(send, ""))
+            await self._answer(refusal, scope, receive, self._sealed(send, "", scope["path"]))
             return
         token = _session_token(headers.get("cookie", ""))
         fresh = None if token else secrets.token_urlsafe(32)
@@ -185,7 +185,7 @@ class Guard:
         cookie = f"{COOKIE}={fresh}; HttpOnly; SameSite=Lax; Path=/; Max-Age=31536000" if fresh else ""
         if headers.get("x-forwarded-proto") == "https":
             cookie = cookie and f"{cookie}; Secure"
-        await self._within_limit(scope, receive, self._sealed(send, cookie), headers, caller)
+        await self._within_limit(scope, receive, self._sealed(send, cookie, scope["path"]), headers, caller)
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> Response | None:
         host = headers.get("host", "")
@@ -290,7 +290,7 @@ class Guard:
         else:
             await response(scope, receive, send)
 
-    def _sealed(self, send: Any, cookie: str) -> Callable[[Any], Awaitable[None]]:
+    def _sealed(self, send: Any, cookie: str, path: str) -> Callable[[Any], Awaitable[None]]:
         """`send` with our headers on every reply, none of Gradio's CORS ones, and `cookie` if there is one."""
 
         async def sealed(event: Any) -> None:
@@ -304,13 +304,21 @@ class Guard:
                 ]
                 kept += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 if not any(name.lower() == b"cache-control" for name, _ in kept):
-                    kept.append((b"cache-control", b"no-store"))
+                    good = event["status"] in (200, 206, 304)
+                    kept.append((b"cache-control", _keeping(path) if good else b"no-store"))
                 if cookie:
                     kept.append((b"set-cookie", cookie.encode()))
                 event = {**event, "headers": kept}
             await send(event)
 
         return sealed
+
+
+def _keeping(path: str) -> bytes:
+    """How long a browser may keep a reply that does not say so itself."""
+    if path.startswith("/assets/"):  # Gradio's scripts: their names carry a hash of their content
+        return b"public, max-age=31536000, immutable"
+    return b"no-cache" if path.startswith("/static/") or path == "/theme.css" else b"no-store"
 
 
 def _session_token(cookies: str) -> str | None:

@@ -217,22 +217,7 @@ def build_model(
         f"Model loaded: {config.display_name}, {loaded.model.num_parameters() / 1e6:.1f} M weights, "
         f"{precision.name}, on {machine_name}."
     )
-    trained: nn.Module = loaded.model
-    if h.method != "full":
-        if is_adapter(source) and resume_from is None:
-            say("The adapter is trained on as it is: its own rank, alpha and targets, not those of the settings.")
-        trained = (
-            continue_lora(loaded.model, source)
-            if is_adapter(source)
-            else add_lora(
-                loaded.model,
-                rank=config.lora.r,
-                alpha=config.lora.alpha,
-                dropout=config.lora.dropout,
-                targets=list(config.lora.target_modules),
-                seed=config.data.seed,
-            )
-        )
+    trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
     if h.use_gradient_checkpointing:
         recompute(loaded.model, h.gradient_checkpointing_policy)
         say(f"Gradient checkpointing enabled ({h.gradient_checkpointing_policy}).")
@@ -258,6 +243,24 @@ def build_model(
     count = sum(parameter.numel() for _, parameter in stepper.named)
     say(f"Training {count / 1e6:.2f} M of {loaded.model.num_parameters() / 1e6:.1f} M weights ({h.method}).")
     return Model(loaded, trained, load_tokenizer(source), precision, choice, stepper)
+
+
+def _what_is_trained(config: Config, loaded: Loaded, source: Path, *, resumed: bool, say: Say) -> nn.Module:
+    """The model itself, or an adapter on it: a new one, or the one in `source`."""
+    if config.hyperparams.method == "full":
+        return loaded.model
+    if is_adapter(source):
+        if not resumed:
+            say("The adapter is trained on as it is: its own rank, alpha and targets, not those of the settings.")
+        return continue_lora(loaded.model, source)
+    return add_lora(
+        loaded.model,
+        rank=config.lora.r,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        targets=list(config.lora.target_modules),
+        seed=config.data.seed,
+    )
 
 
 def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -> None:
