@@ -220,8 +220,10 @@
         ask();
       },
     };
+    for (const kind of ["pointerdown", "keydown"]) {
+      root.addEventListener(kind, (event) => event.target.closest(".sb-field") && fields.expect(), { capture: true });
+    }
     root.addEventListener("click", (event) => {
-      if (event.target.closest(".sb-field")) fields.expect();
       for (const [selector, handler] of Object.entries(CLICKS)) {
         const button = event.target.closest(selector);
         if (button && root.contains(button)) return void handler(button);

@@ -10,7 +10,7 @@
 
   /** `page` gives `ask()` (the state, soon), `message(text)` and `state()`; the result is used by train.js alone. */
   signalbox.trainFields = (root, page) => {
-    const fields = { shownRevision: undefined, texts: new Map(), sending: Promise.resolve(), isSending: false, timer: 0, expectedUntil: 0 };
+    const fields = { shownRevision: undefined, texts: new Map(), sending: Promise.resolve(), posting: 0, timer: 0, expectedUntil: 0 };
 
     // ---- what is typed ------------------------------------------------------------------------------------------
     function typed(key, text) {
@@ -26,17 +26,14 @@
       const values = Object.fromEntries(fields.texts);
       fields.texts.clear();
       fields.sending = fields.sending.then(async () => {
-        fields.isSending = true;
         try {
           await post("api/train/fields", { values }, keepalive);
         } catch (error) {
-          fields.isSending = false;
           if (error.isRefusal) return page.message(error.message);
           for (const [key, text] of Object.entries(values)) if (!fields.texts.has(key)) fields.texts.set(key, text);
           fields.timer = setTimeout(flush, AGAIN_MS);
           page.message(`What was typed is not saved yet (${error.message}). Trying again.`);
         }
-        fields.isSending = false;
       });
       return fields.sending.then(page.ask);
     }
@@ -44,8 +41,14 @@
     /** POST that notes the draft's revision, so that our own changes are not taken for another tab's. */
     async function post(address, body, keepalive = false) {
       const headers = { "content-type": "application/json" };
-      const reply = await fetch(address, { method: "POST", headers, body: JSON.stringify(body), keepalive });
-      const answer = await reply.json().catch(() => ({}));
+      fields.posting += 1;
+      let reply, answer;
+      try {
+        reply = await fetch(address, { method: "POST", headers, body: JSON.stringify(body), keepalive });
+        answer = await reply.json().catch(() => ({}));
+      } finally {
+        fields.posting -= 1;
+      }
       if (!reply.ok) throw Object.assign(new Error(answer.error ?? `the server answered ${reply.status}`), { isRefusal: reply.status < 500 });
       fields.shownRevision = answer.revision;
       return answer;
@@ -160,7 +163,7 @@
       fields.expectedUntil = 0;
     }
 
-    const isBusy = () => fields.texts.size > 0 || fields.isSending || Date.now() < fields.expectedUntil;
+    const isBusy = () => fields.texts.size > 0 || fields.posting > 0 || Date.now() < fields.expectedUntil;
     return Object.assign(fields, { flush, post, show, goTo, openGroup, view, touched, expect, answered, isBusy });
   };
 })();
