@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gradio as gr
@@ -18,6 +19,13 @@ from starlette.routing import Route
 from trainer.refusal import Refusal
 from ui import guard
 from ui.guard import ACTIONS, Caller, Guard, Rules, guarded, require
+
+
+def in_a_thread(coroutine: Any) -> Any:
+    """Run a coroutine where no loop runs yet: Playwright keeps one in the tests' own thread once a browser was opened."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
 
 PORT, SHARED = 7860, 7999
 OWN = {"host": f"localhost:{PORT}"}
@@ -89,7 +97,7 @@ def ask(
         async with httpx.AsyncClient(transport=transport, base_url=f"http://localhost:{port}") as client:
             return await client.request(method, path, headers=headers, **more)
 
-    return asyncio.run(go())
+    return in_a_thread(go())
 
 
 def test_the_roles_table_is_the_one_that_was_agreed() -> None:
@@ -149,7 +157,7 @@ def test_a_second_host_header_is_turned_away() -> None:
     async def receive() -> Any:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    asyncio.run(guard_of()(scope, receive, send))
+    in_a_thread(guard_of()(scope, receive, send))
     assert sent[0]["status"] == 421
 
 
@@ -206,9 +214,9 @@ def test_a_websocket_of_another_origin_is_closed_before_the_application_hears_of
         await Guard(inner, Rules())(scope, lambda: None, send)
         return sent
 
-    assert asyncio.run(go(b"http://evil.com")) == [{"type": "websocket.close", "code": 1008}]
+    assert in_a_thread(go(b"http://evil.com")) == [{"type": "websocket.close", "code": 1008}]
     assert heard == []
-    asyncio.run(go(b"http://localhost:7860"))
+    in_a_thread(go(b"http://localhost:7860"))
     assert heard == ["websocket"]
 
 
