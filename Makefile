@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test long check screenshots bench settings clean
+.PHONY: run test long gpu check screenshots bench settings clean
 
 # the environment is made again whenever the dependencies change
 $(VENV)/.run: pyproject.toml
@@ -26,6 +26,10 @@ test: $(VENV)/.test
 # minutes to hours: every mutant, every stop step, every browser path
 long: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# on a machine with a GPU that torch can use
+gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet "ruff>=0.9" "mypy>=1.13"
