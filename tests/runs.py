@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from trainer import control, launch
+from trainer import launch
 from trainer.config import resolve
 from trainer.machine import machine
+from trainer.metrics import MetricsWriter
 from trainer.run import RunDir
 from trainer.schema import Config
 from trainer.session import open_life, train_to_end
@@ -67,26 +68,20 @@ def new(workspace: Workspace, config: Config) -> RunDir:
 def train(
     run: RunDir, workspace: Workspace, worker: Worker, *, stop_at: int | None = None, command: str = "stop"
 ) -> str:
-    """Train the run's next life in this thread; `command` is dropped as soon as step `stop_at` is in the metrics."""
-    resumed = run.events.exists()
-    life = open_life(run, "test", resumed=resumed)
+    """Train the run's next life in this thread; `command` is asked for right after step `stop_at` is recorded."""
+    life = open_life(run, "test", resumed=run.events.exists())
     said: list[str] = []
-    if stop_at is not None:
-        threading.Thread(target=_drop_at, args=(run, stop_at, command), daemon=True).start()
-    end = train_to_end(life, workspace, worker, machine(), echo=said.append)
-    return end
+    if stop_at is None:
+        return train_to_end(life, workspace, worker, machine(), echo=said.append)
+    record = MetricsWriter.step
 
+    def and_ask(writer: MetricsWriter, values: dict[str, float], rows: list[tuple[int, float, int]]) -> None:
+        record(writer, values, rows)
+        if values["step"] >= stop_at:
+            life.signals.ask(command, "test")
 
-def _drop_at(run: RunDir, step: int, command: str) -> None:
-    from trainer.metrics import read_records
-
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        records = read_records(run.metrics)
-        if len(records) and records[-1]["step"] >= step:
-            control.drop(run.control, command, "test")
-            return
-        time.sleep(0.001)
+    with patch.object(MetricsWriter, "step", and_ask):
+        return train_to_end(life, workspace, worker, machine(), echo=said.append)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:

@@ -119,13 +119,16 @@ def machine_with(gpus: tuple[Gpu, ...], cpu_build: bool) -> Machine:
     return Machine(gpus, "Some CPU", 8, 64.0, 40.0, cpu_build, None)
 
 
-def test_the_device_is_the_gpu_only_where_torch_can_use_it():
+def test_the_device_is_the_gpu_only_where_torch_can_use_it(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
     gpu = Gpu(0, "GPU-1234", "RTX", 24.0, 23.1)
     assert machine_with((gpu,), False).device == "gpu-1234"
     assert machine_with((gpu,), False).summary == "RTX · 23.1 GiB free"
     assert machine_with((gpu,), True).device == "cpu"
     assert machine_with((), True).summary == "Some CPU · 40.0 GiB free"
     assert threads_for(machine_with((), True)) == 7
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    assert threads_for(machine_with((), True)) == 2, "a container's share counts, not the machine"
 
 
 def test_visible_devices_are_taken_in_the_order_of_the_variable():

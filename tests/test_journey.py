@@ -1,4 +1,4 @@
-"""The main job on real input, as a person does it in Chromium: upload, choose, prove, start, watch, reload, stop, read the receipt."""
+"""The main job on real input, as a person does it in Chromium, from an uploaded file to the receipt of a stop."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from trainer.refusal import Refusal
 from trainer.run import StatusReader, create_run, status
 from trainer.states import LIVE_STATES, allowed, derive
 
-
 NOW = time.time() + 1000
 
 

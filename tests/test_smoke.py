@@ -88,7 +88,8 @@ def test_at_least_ten_optimiser_steps_are_taken_the_longest_rows_first(workspace
 def test_a_template_that_drops_the_prompt_fails_by_name(workspace, worker, data, tmp_path):
     model = tiny_model_dir(tmp_path / "model")
     template = (
-        "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (model / "chat_template.jinja").write_text(template)
