@@ -1,7 +1,7 @@
 """The form: Gradio components made from the schema, group by group, each with its label, unit, help and id.
 
 No bound, default or help text stands here; all come from `trainer.config.fields()`. Numbers are text, so that 2e-4
-can be typed; the schema reads them. Called by `ui/pages/train.py`, which owns what happens on a change.
+can be typed; the schema reads them. Called by `ui/pages/train.py`.
 """
 
 from __future__ import annotations
@@ -129,13 +129,6 @@ def _component(info: FieldInfo) -> gr.components.Component:
 def choice_labels(info: FieldInfo) -> Choices:
     """The choices of a setting as (what the person reads, value)."""
     return [(_CHOICE_LABELS.get(word, word), word) for word in info.choices]
-
-
-def from_component(info: FieldInfo, value: Any) -> str:
-    """What a component holds as the text that the draft keeps."""
-    if info.kind == "switch":
-        return "true" if value else "false"
-    return "" if value is None else str(value)
 
 
 def to_component(info: FieldInfo, text: str) -> Any:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trainer.engine import Engine
     from trainer.jobs import Jobs
     from trainer.worker import Worker
-
-    from trainer.engine import Engine
     from trainer.workspace import Workspace
     from ui.drafts import Drafts
 

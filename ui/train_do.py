@@ -25,14 +25,18 @@ _WHY_CHARACTERS = 400
 
 
 def typed(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:
-    """Take texts typed into fields into the draft, usable or not."""
+    """Take texts typed or picked in fields into the draft, usable or not.
+
+    "others" in the answer says that this put values into other fields too.
+    """
     values = body.get("values")
     if not isinstance(values, dict):
         raise Refusal("The page sent something that is not understood. Reload it.")
     act = act_of({"act": "set", "values": values})
     check_paths(site, caller, act.values)
-    site.drafts.change(caller.session, lambda draft: apply(site, draft, act))
-    return {}
+    before = site.drafts.read(caller.session).automatic
+    after = site.drafts.change(caller.session, lambda draft: apply(site, draft, act)).automatic
+    return {"others": any(key not in act.values for key in before.keys() ^ after.keys())}
 
 
 def note(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:

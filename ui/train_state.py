@@ -13,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import profiles
 from trainer.config import Config, as_text, backups, fields, get
 from trainer.launch import auto_name
 from ui.derived import derived_line
 from ui.drafts import Draft
 from ui.facts import gather, plan_for
-from ui.form import OPEN_GROUPS, elem_id
+from ui.form import OPEN_GROUPS, PICKED, choice_labels, elem_id, picker_choices
 from ui.form_state import FormState, base_path, changed_titles, form_state, problem_list, saved_names
 from ui.gate import blocking, gate_lines
 from ui.gate_facts import Facts, GateLine
@@ -29,6 +30,7 @@ from ui.suggest import suggest
 from ui.train_try import try_state
 
 _KEYS = {elem_id(info.key): info.key for info in fields()}
+_PICKED = [info.key for info in fields() if info.key in PICKED or info.kind == "choice"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def state_of(site: Site, caller: Caller) -> dict[str, Any]:
     return {
         "form_revision": draft.revision,
         "keys": _KEYS,
+        "choices": _choices(site),
+        "texts": {key: form.texts[key] for key in _PICKED},
         "base": draft.base,
         "configs": _configs(site),
         "base_problem": form.problems.get("", ""),
@@ -103,6 +107,12 @@ def suggestions_of(site: Site, caller: Caller) -> dict[str, Any]:
 
 def _configs(site: Site) -> list[tuple[str, str]]:
     return [("", f"{site.config_path.name} (starting values)"), *((name, name) for name in saved_names(site.workspace))]
+
+
+def _choices(site: Site) -> dict[str, list[tuple[str, str]]]:
+    """What each dropdown offers, as (what is read, value): the script turns the one into the other."""
+    fixed = {info.key: choice_labels(info) for info in fields() if info.kind == "choice"}
+    return fixed | picker_choices(site.workspace, profiles.names(site.workspace.profiles))
 
 
 def _backups(site: Site, draft: Draft) -> str:

@@ -15,7 +15,7 @@
 
   function begin(element, trigger, watch, props) {
     const root = by("train");
-    const fields = signalbox.trainFields(root, { ask, message, state: () => page.state });
+    const fields = signalbox.trainFields(root, { ask, message, state: () => page.state, refresh: () => act({ act: "refresh" }) });
     const page = { state: null, timer: 0, isAsking: false, again: false, failures: 0 };
 
     // ---- state of the server ------------------------------------------------------------------------------------
@@ -49,9 +49,8 @@
       showToolbar(state);
       showGate(state);
       fields.show(state);
-      // another tab of this session has changed the draft: show it here too
-      const isShown = fields.shownRevision === undefined || state.form_revision === fields.shownRevision;
-      if (!isShown && !fields.isBusy()) act({ act: "refresh" });
+      // another tab of this session has changed the draft: show it here too (an older state was merely on its way)
+      if (state.form_revision > (fields.shownRevision ?? Infinity) && !fields.isBusy()) act({ act: "refresh" });
       root.classList.remove("sb-waiting");
       document.dispatchEvent(new CustomEvent("signalbox:train", { detail: state }));
     }
@@ -220,9 +219,6 @@
         ask();
       },
     };
-    for (const kind of ["pointerdown", "keydown"]) {
-      root.addEventListener(kind, (event) => event.target.closest(".sb-field") && fields.expect(), { capture: true });
-    }
     root.addEventListener("click", (event) => {
       for (const [selector, handler] of Object.entries(CLICKS)) {
         const button = event.target.closest(selector);
@@ -230,10 +226,12 @@
       }
     });
     root.addEventListener("input", (event) => {
-      fields.touched(event.target);
+      if (event.target.type !== "checkbox" && event.target.type !== "radio") fields.touched(event.target);
+      if (event.target.id === "train-find") fields.find();
       if (event.target.id === "train-name" || event.target.id === "train-why") note(event.target);
     });
     root.addEventListener("change", (event) => {
+      if (event.target.type === "checkbox" || event.target.type === "radio") fields.touched(event.target);
       if (event.target.id === "train-config") act({ act: "pick", name: event.target.value });
     });
     by("train-save-form").addEventListener("submit", save);
@@ -255,7 +253,10 @@
     });
     addEventListener("focus", ask);
     addEventListener("pagehide", () => fields.flush(true));
-    root.addEventListener("focusout", () => fields.flush());
+    root.addEventListener("focusout", (event) => {
+      fields.left(event.target);
+      fields.flush();
+    });
     document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());
     fields.view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);

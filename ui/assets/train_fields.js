@@ -5,10 +5,11 @@
   const TYPING_MS = 150;
   const AGAIN_MS = 5000;
   const ANSWER_MS = 2000;
+  const SETTLE_MS = 60;
   const by = (id) => document.getElementById(id);
   const fieldOf = (key) => by(`f-${key.replaceAll(".", "-")}`);
 
-  /** `page` gives `ask()` (the state, soon), `message(text)` and `state()`; the result is used by train.js alone. */
+  /** `page` gives `ask()`, `refresh()`, `message(text)` and `state()`; the result is used by train.js alone. */
   signalbox.trainFields = (root, page) => {
     const fields = { shownRevision: undefined, texts: new Map(), sending: Promise.resolve(), posting: 0, timer: 0, expectedUntil: 0 };
 
@@ -27,7 +28,8 @@
       fields.texts.clear();
       fields.sending = fields.sending.then(async () => {
         try {
-          await post("api/train/fields", { values }, keepalive);
+          const answer = await post("api/train/fields", { values }, keepalive);
+          if (answer.others) page.refresh();
         } catch (error) {
           if (error.isRefusal) return page.message(error.message);
           for (const [key, text] of Object.entries(values)) if (!fields.texts.has(key)) fields.texts.set(key, text);
@@ -146,14 +148,31 @@
       for (const line of by("gate-lines").querySelectorAll(`[data-fields~="${CSS.escape(key)}"]`)) line.classList.add("sb-stale");
     }
 
+    /** A text box, a switch or a segment has a new value. */
     function touched(target) {
       const key = keyOf(target);
-      if (key) grey(key);
-      if (key && isTextBox(target)) typed(key, target.value);
-      if (target.id === "train-find") find();
+      if (!key) return;
+      grey(key);
+      if (target.type === "checkbox") typed(key, String(target.checked));
+      else if (target.type === "radio") typed(key, target.value);
+      else if (isTextBox(target)) typed(key, target.value);
     }
 
-    /** A picker or a button has been used: its own answer is on the way and will tell the new revision. */
+    /** A dropdown is left, which is also how a choice ends; Gradio puts the choice's words into its box by then. */
+    function left(target) {
+      const key = keyOf(target);
+      if (key && target.getAttribute("role") === "combobox") setTimeout(() => picked(key, target.value), SETTLE_MS);
+    }
+
+    function picked(key, words) {
+      const { choices, texts } = page.state();
+      const text = choices[key].find(([label]) => label === words)?.[1] ?? words;
+      if (text === (fields.texts.get(key) ?? texts[key])) return;
+      grey(key);
+      typed(key, text);
+    }
+
+    /** A button has been used: its own answer is on the way and will tell the new revision. */
     function expect() {
       fields.expectedUntil = Date.now() + ANSWER_MS;
     }
@@ -164,6 +183,6 @@
     }
 
     const isBusy = () => fields.texts.size > 0 || fields.posting > 0 || Date.now() < fields.expectedUntil;
-    return Object.assign(fields, { flush, post, show, goTo, openGroup, view, touched, expect, answered, isBusy });
+    return Object.assign(fields, { flush, post, show, goTo, openGroup, view, find, touched, left, expect, answered, isBusy });
   };
 })();

@@ -1,16 +1,16 @@
 """The Train page: the form, the gate beside it, and what the model will see below.
 
-The form's components are Gradio's. Pickers, switches and segments report each change here. Text boxes report through
-`assets/train.js`: Gradio 6.31 calls a text box's input handler on key presses only, so that a paste or a deletion
-would be missed. Everything that only shows something is filled by the same script from `ui/routes_train.py`. The
-draft on the server is the one truth of all.
+The form's components are Gradio's; what a person does to them reaches the draft through `assets/train_fields.js` and
+`ui/routes_train.py`, not through Gradio's events: Gradio 6.31 calls a text box's input handler on key presses only (a
+paste or a deletion is missed) and a dropdown's twice at once, which can leave a stream open for as long as the tab is.
+Gradio's queue carries only what changes components: the page's opening and the acts of buttons. The draft on the
+server is the one truth of all.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
@@ -18,17 +18,16 @@ from gradio.context import Context
 
 import profiles
 from trainer.config import fields
-from trainer.fields import FieldInfo
 from trainer.refusal import Refusal
 from ui.drafts import Draft
-from ui.form import Form, build_form, from_component, picker_choices, to_component
+from ui.form import Form, build_form, picker_choices, to_component
 from ui.form_state import FormState, form_state
 from ui.frame import header
 from ui.guard import require
 from ui.pages import train_parts as parts
 from ui.routes import asset_url
 from ui.site import Site
-from ui.train_actions import METHOD, RATE, act_of, apply, changed_by_hand, check_paths
+from ui.train_actions import act_of, apply, check_paths
 
 # what the bus carries to the page's script: the draft's revision, which tells it to ask for the new state
 _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
@@ -39,7 +38,7 @@ def build(site: Site) -> None:
     header(site, "Train")
     scripts = ("elements.js", "train_fields.js", "train_view.js", "train.js")
     head = "".join(f'<script src="{asset_url(name)}"></script>' for name in scripts)
-    head += f'<link rel="stylesheet" href="{asset_url("train.css")}">'
+    head += "".join(f'<link rel="stylesheet" href="{asset_url(name)}">' for name in ("train.css", "train_form.css"))
     with gr.Column(elem_id="train", elem_classes=["sb-waiting"]):
         _static(parts.TOOLBAR + parts.FIRST, "train-top")
         with gr.Row(elem_id="train-columns"):
@@ -65,17 +64,9 @@ def _static(markup: str, elem_id: str) -> None:
 
 
 def _listen(site: Site, form: Form, bus: gr.HTML) -> None:
-    """Every change of a field goes into the draft; every act of the page's script comes back into the fields."""
+    """Fill the fields when the page is opened, and again after each act of the page's script."""
     components = list(form.components.values())
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    for info in fields():
-        component = form.components[info.key]
-        if isinstance(component, gr.Textbox):
-            continue
-        # only a change of method puts another value in by itself
-        outputs = [bus, form.components[RATE]] if info.key == METHOD else [bus]
-        handler = _on_change(site, form, info, bus)
-        component.input(handler, [component], outputs, trigger_mode="always_last", **quiet)
 
     def on_load(request: gr.Request) -> dict[Any, Any]:
         caller = require(request, "check")
@@ -94,23 +85,6 @@ def _listen(site: Site, form: Form, bus: gr.HTML) -> None:
 
     Context.root_block.load(on_load, None, [bus, *components], **quiet)
     bus.click(on_act, None, [bus, *components], **quiet)
-
-
-def _on_change(site: Site, form: Form, info: FieldInfo, bus: gr.HTML) -> Callable[..., dict[Any, Any]]:
-    def on_change(value: Any, request: gr.Request) -> dict[Any, Any]:
-        caller = require(request, "save_config")
-        text = from_component(info, value)
-        try:
-            check_paths(site, caller, {info.key: text})
-            draft = site.drafts.change(caller.session, lambda draft: changed_by_hand(site, draft, info.key, text))
-        except Refusal as refusal:
-            return {bus: _signal(site.drafts.read(caller.session), refusal.message)}
-        updates: dict[Any, Any] = {bus: _signal(draft)}
-        if info.key == METHOD:
-            updates[form.components[RATE]] = _state(site, draft).texts[RATE]
-        return updates
-
-    return on_change
 
 
 def _state(site: Site, draft: Draft) -> FormState:
