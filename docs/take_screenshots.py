@@ -47,7 +47,8 @@ def smoke_card(browser: Browser, address: str) -> None:
         choose(page, "Data", "starter")
         page.wait_for_timeout(4000)
         page.get_by_role("button", name="Smoke test").first.click()
-        page.get_by_text("Passed").first.wait_for(timeout=180_000)
+        verdict = "document.querySelector('#gate-lines [data-code=smoke]')?.textContent ?? ''"
+        page.wait_for_function(f"/passed|failed/.test({verdict})", timeout=180_000)
         page.wait_for_timeout(1500)
         _open_details(page)
         page.screenshot(path=IMAGES / f"smoke-desktop-{scheme}.png")
@@ -55,14 +56,16 @@ def smoke_card(browser: Browser, address: str) -> None:
 
 
 def _open_details(page: Page) -> None:
-    page.evaluate("() => document.querySelectorAll('#train-gate details').forEach(d => d.open = true)")
+    page.evaluate("() => document.querySelectorAll('#gate-lines [data-code=smoke] details').forEach(d => d.open = true)")
+    page.evaluate("() => scrollTo(0, 0)")
     page.wait_for_timeout(500)
 
 
 def main() -> None:
     """Take all pictures."""
     IMAGES.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="signalbox-pictures-"))
+    folder = Path(tempfile.gettempdir()) / "signalbox-demo"  # its path can be read in some pictures
+    shutil.rmtree(folder, ignore_errors=True)
     workspace = Workspace(folder / "ws").create()
     with sync_playwright() as playwright, server(workspace.root) as (address, _):
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
@@ -84,6 +87,9 @@ def main() -> None:
         every_look(browser, address, f"live?run={run.run_id}", "stopped")
         smoke_card(browser, address)
         every_look(browser, address, "", "train", 5.0)
+        page.goto(f"{address}data")
+        page.get_by_role("button", name="Check", exact=True).first.click()
+        page.get_by_text("rows are usable").first.wait_for(timeout=60_000)
         for name in ("runs", "data", "models"):
             every_look(browser, address, name, name)
         browser.close()

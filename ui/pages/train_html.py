@@ -42,9 +42,10 @@ def head_html(lines: list[GateLine]) -> str:
 
 
 def lines_html(lines: list[GateLine]) -> str:
-    """All lines: those to look at first, the passed ones behind a fold."""
-    open_lines = [line for line in lines if line.status not in ("pass", "not-possible")]
-    passed = [line for line in lines if line.status in ("pass", "not-possible")]
+    """All lines: those to look at first, the passed ones behind a fold. The smoke test's verdict is never folded away."""
+    folded = [line.status in ("pass", "not-possible") and line.code != "smoke" for line in lines]
+    open_lines = [line for line, hide in zip(lines, folded, strict=True) if not hide]
+    passed = [line for line, hide in zip(lines, folded, strict=True) if hide]
     parts = [f'<ul class="sb-checks">{"".join(map(_line, open_lines))}</ul>'] if open_lines else []
     if passed:
         words = f"{len(passed)} check{'s' if len(passed) > 1 else ''} passed"
@@ -62,7 +63,7 @@ def _line(line: GateLine) -> str:
     more = ""
     if line.more:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in line.more)
-        more = f'<details data-fold="{html.escape(line.code)}"><summary>More</summary><ul>{items}</ul></details>'
+        more = f'<details data-fold="{html.escape(line.code)}"><summary>More</summary><ul class="sb-report-card">{items}</ul></details>'
     offers = f"<div class=sb-offers>{actions}</div>" if actions else ""
     return (
         f'<li class="sb-tone-{tone}{stale}" data-code="{html.escape(line.code)}" '
