@@ -38,7 +38,7 @@ def every_look(browser: Browser, address: str, path: str, name: str, settle_s: f
 
 
 def smoke_card(browser: Browser, address: str) -> None:
-    """The Train page with the report card of a smoke test open."""
+    """The Train page with model and data chosen, then with the report card of its smoke test open."""
     for scheme in SCHEMES:
         context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme=scheme)
         page = context.new_page()
@@ -46,6 +46,7 @@ def smoke_card(browser: Browser, address: str) -> None:
         choose(page, "Model", "starter")
         choose(page, "Data", "starter")
         page.wait_for_timeout(4000)
+        page.screenshot(path=IMAGES / f"train-desktop-{scheme}.png")
         page.get_by_role("button", name="Smoke test").first.click()
         verdict = "document.querySelector('#gate-lines [data-code=smoke]')?.textContent ?? ''"
         page.wait_for_function(f"/passed|failed/.test({verdict})", timeout=180_000)
@@ -56,7 +57,9 @@ def smoke_card(browser: Browser, address: str) -> None:
 
 
 def _open_details(page: Page) -> None:
-    page.evaluate("() => document.querySelectorAll('#gate-lines [data-code=smoke] details').forEach(d => d.open = true)")
+    page.evaluate(
+        "() => document.querySelectorAll('#gate-lines [data-code=smoke] details').forEach(d => d.open = true)"
+    )
     page.evaluate("() => scrollTo(0, 0)")
     page.wait_for_timeout(500)
 
@@ -86,7 +89,7 @@ def main() -> None:
             time.sleep(0.2)
         every_look(browser, address, f"live?run={run.run_id}", "stopped")
         smoke_card(browser, address)
-        every_look(browser, address, "", "train", 5.0)
+        every_look(browser, address, "", "form", 5.0)
         page.goto(f"{address}data")
         page.get_by_role("button", name="Check", exact=True).first.click()
         page.get_by_text("rows are usable").first.wait_for(timeout=60_000)

@@ -330,7 +330,7 @@ def checkpoint_round_trip(report: Report, bench: Bench, folder: Path) -> None:
         "checkpoint",
         "pass",
         f"Checkpoint saved and loaded: every tensor equal, the next step's loss the same ({first:.4f}).",
-        f"{size / 1e9:.2f} GB",
+        as_size(size),
     )
 
 
@@ -416,9 +416,14 @@ def forecast(report: Report, bench: Bench, folder: Path) -> None:
     report.add(
         "disk",
         "pass" if enough else "problem",
-        f"Disk: checkpoints need up to {size / 1e9:.1f} GB, {free / 1e9:.0f} GB is free.",
-        f"{size / 1e9:.1f} GB",
+        f"Disk: checkpoints need up to {as_size(size)}, {as_size(free)} is free.",
+        as_size(size),
     )
+
+
+def as_size(count_bytes: int) -> str:
+    """Bytes of files for a person: GB is 10^9."""
+    return f"{count_bytes / 1e9:.1f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.1f} MB"
 
 
 def report_size(bench: Bench, folder: Path) -> int:
