@@ -33,7 +33,7 @@ gpu: $(VENV)/.test
 
 check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet "ruff>=0.9" "mypy>=1.13"
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy trainer profiles ui app.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy trainer profiles
 
 # pictures of the real app for the README; needs Chromium
 screenshots: $(VENV)/.test

@@ -132,14 +132,16 @@ def one_run(browser: Browser, address: str, workspace: Workspace) -> dict[str, f
     choose(page, "Data", "starter")
     page.get_by_role("button", name="Start training").first.wait_for(state="visible")
     page.wait_for_function(
-        "() => { const b = [...document.querySelectorAll('button')].find(b => b.innerText.trim() === 'Start training' && b.offsetParent); return b && !b.disabled }"
+        "() => [...document.querySelectorAll('button')]"
+        ".some(b => b.innerText.trim() === 'Start training' && b.offsetParent && !b.disabled)"
     )
     before = {run.run_id for run in workspace.list_runs()}
     clicked = time.perf_counter()
     page.get_by_role("button", name="Start training").first.click()
     run = newest_run(workspace, before)
     page.wait_for_function(
-        "() => { const g = document.querySelectorAll('#sb-live .scatterlayer .trace path'); return [...g].some(p => (p.getAttribute('d') || '').length > 3) }",
+        "() => [...document.querySelectorAll('#sb-live .scatterlayer .trace path')]"
+        ".some(p => (p.getAttribute('d') || '').length > 3)",
         timeout=60_000,
     )
     first_point = time.perf_counter() - clicked

@@ -104,9 +104,7 @@ def test_a_refusal_names_key_value_and_what_is_allowed(tmp_path: Path, content: 
 
 
 def test_every_wrong_value_is_named_not_only_the_first(tmp_path: Path) -> None:
-    error = refusal(
-        written(tmp_path, {"hyperparams": {"learning_rate": 5, "batch_size": 0}, "lora": {"r": 0}})
-    )
+    error = refusal(written(tmp_path, {"hyperparams": {"learning_rate": 5, "batch_size": 0}, "lora": {"r": 0}}))
     assert [p.field for p in error.problems] == [
         "hyperparams.batch_size",
         "hyperparams.learning_rate",
@@ -229,9 +227,7 @@ def test_each_overwrite_leaves_a_backup_and_a_backup_can_be_put_back(tmp_path: P
     assert [c.load_sparse(p)["hyperparams"]["learning_rate"] for p in found] == [2e-3, 1e-3]
     c.restore(found[1], path)
     assert ConfigLoader.load(path).hyperparams.learning_rate == 1e-3
-    assert ConfigLoader.load(c.backups(path)[0]).hyperparams.learning_rate == 3e-3, (
-        "what was replaced is lost"
-    )
+    assert ConfigLoader.load(c.backups(path)[0]).hyperparams.learning_rate == 3e-3, "what was replaced is lost"
 
 
 def test_a_refused_save_leaves_the_file_and_makes_no_backup(tmp_path: Path) -> None:
@@ -262,12 +258,8 @@ def test_every_help_text_fits_its_line() -> None:
 
 
 def test_reading_configs_does_not_import_torch() -> None:
-    code = (
-        "import sys, trainer.config, trainer.workspace; print(sorted({'torch', 'gradio'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    code = "import sys, trainer.config, trainer.workspace; print(sorted({'torch', 'gradio'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -312,21 +304,15 @@ json_values = st.recursive(
     max_leaves=6,
 )
 names = st.one_of(
-    st.sampled_from(
-        [*KEYS, *(k.rsplit(".", 1)[-1] for k in KEYS), "hyperparams", "data", "lora", "model", "profile"]
-    ),
-    st.sampled_from(
-        ["lora_r", "lora_alpha", "use_qlora", "load_in_4bit", "epochs", "training_mode", "optimizer"]
-    ),
+    st.sampled_from([*KEYS, *(k.rsplit(".", 1)[-1] for k in KEYS), "hyperparams", "data", "lora", "model", "profile"]),
+    st.sampled_from(["lora_r", "lora_alpha", "use_qlora", "load_in_4bit", "epochs", "training_mode", "optimizer"]),
     st.text(max_size=6),
 )
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(names, json_values | st.dictionaries(names, json_values, max_size=4), max_size=5))
-def test_no_file_content_ends_in_anything_but_settings_or_a_refusal(
-    tmp_path: Path, content: dict[str, Any]
-) -> None:
+def test_no_file_content_ends_in_anything_but_settings_or_a_refusal(tmp_path: Path, content: dict[str, Any]) -> None:
     try:
         text = json.dumps(content)
     except ValueError:
@@ -354,9 +340,7 @@ def test_a_number_shown_in_the_form_is_read_back_exactly(value: float) -> None:
     assert float(figure_text(value)) == value
 
 
-texts = st.lists(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6), max_size=3
-)
+texts = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6), max_size=3)
 
 
 @settings(max_examples=200, deadline=None)

@@ -129,22 +129,16 @@ def test_a_head_that_is_no_plain_matrix_falls_back_and_says_so() -> None:
 
     loaded.model.lm_head = Odd(loaded.model.lm_head)
     cache = random_rows(2, VOCABULARY, seed=1)
-    choice = choose_path(
-        loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None
-    )
+    choice = choose_path(loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None)
     assert choice.path.way == "own head"
 
 
 def test_a_hidden_scale_on_a_plain_head_is_found_by_the_check_of_every_start() -> None:
     loaded = build(FAMILIES["llama"])
     head = loaded.model.lm_head
-    head.register_forward_hook(
-        lambda module, args, out: out * 1.01
-    )  # the fused way multiplies by the matrix alone
+    head.register_forward_hook(lambda module, args, out: out * 1.01)  # the fused way multiplies by the matrix alone
     cache = random_rows(2, VOCABULARY, seed=1)
-    choice = choose_path(
-        loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None
-    )
+    choice = choose_path(loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None)
     assert choice.path.way == "own head"
     assert "differs" in dict(choice.passed_over)["fused"]
 
@@ -161,18 +155,14 @@ def test_attention_that_sees_across_documents_is_found_and_passed_over(
         return whole(q, k, v, one, *rest)
 
     monkeypatch.setattr(attention, "_each_document", leaking)
-    choice = choose_path(
-        loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None
-    )
+    choice = choose_path(loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None)
     assert choice.path.way == "one row at a time"
 
 
 def test_a_document_does_not_change_when_its_neighbour_does() -> None:
     loaded = build(FAMILIES["mistral with a window of 16"])
     cache, other = random_rows(3, VOCABULARY, seed=5), random_rows(3, VOCABULARY, seed=6)
-    path = choose_path(
-        loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None
-    ).path
+    path = choose_path(loaded.model, assemble(cache, np.arange(2), "cpu"), compute=torch.float32, autocast=None).path
     mixed = type(cache)([(other._rows[0][0], other._rows[0][1]), (cache._rows[1][0], cache._rows[1][1])])
     with torch.no_grad():
         first = losses(loaded.model, assemble(cache, np.arange(2), "cpu"), path)

@@ -14,9 +14,7 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=120)
 def plan_for(lengths, **changes):
     arguments = dict(seed=1, epochs=2, max_steps=None, packs_per_step=4, capacity=None)
     rows = np.arange(len(lengths))
-    return make_plan(
-        np.array(lengths), rows, np.empty(0, np.int64), np.ones(len(rows)), **{**arguments, **changes}
-    )
+    return make_plan(np.array(lengths), rows, np.empty(0, np.int64), np.ones(len(rows)), **{**arguments, **changes})
 
 
 @given(LENGTHS, st.integers(64, 100))
@@ -33,12 +31,7 @@ def test_each_epoch_trains_each_row_once_in_steps_that_do_not_cross_it(lengths, 
     plan = plan_for(lengths, epochs=3, capacity=64 if packing else None, packs_per_step=per_step, seed=seed)
     start = 0
     for end in plan.epoch_ends:
-        rows = [
-            row
-            for step in range(start + 1, end + 1)
-            for group in plan.micro_batches(step, 2)
-            for row in group
-        ]
+        rows = [row for step in range(start + 1, end + 1) for group in plan.micro_batches(step, 2) for row in group]
         assert sorted(rows) == list(range(len(lengths)))
         start = end
     assert start == plan.total_steps

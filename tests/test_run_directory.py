@@ -36,9 +36,7 @@ def values(step: int, loss: float) -> dict[str, float]:
 
 @pytest.fixture
 def run(tmp_path):
-    return create_run(
-        tmp_path, {"config": {"model_path": "m"}, "model": {"display_name": "M"}}, notes={"name": "n"}
-    )
+    return create_run(tmp_path, {"config": {"model_path": "m"}, "model": {"display_name": "M"}}, notes={"name": "n"})
 
 
 def test_events_are_numbered_and_read_from_a_cursor(tmp_path):

@@ -84,9 +84,7 @@ def test_an_added_dataset_is_a_copy_named_by_its_content(tmp_path: Path, workspa
     assert [p.name for p in workspace.datasets_dir.iterdir()] == [info.id], "a staging folder was left behind"
 
 
-def test_the_same_content_twice_is_one_dataset_even_at_the_same_time(
-    tmp_path: Path, workspace: Workspace
-) -> None:
+def test_the_same_content_twice_is_one_dataset_even_at_the_same_time(tmp_path: Path, workspace: Workspace) -> None:
     upload = tmp_path / "up"
     upload.write_bytes(b"x" * 3_000_000)
     found: list[str] = []

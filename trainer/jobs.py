@@ -103,7 +103,7 @@ class Jobs:
         """The newest jobs first, at most 50, of one kind or of all."""
         if not self.root.is_dir():
             return []
-        found = []
+        found: list[dict[str, Any]] = []
         for folder in sorted(self.root.iterdir(), reverse=True):
             if len(found) >= RECENT:
                 break

@@ -20,7 +20,8 @@ from trainer.schema import WeightedFile
 @functools.cache
 def _adapter(key: str) -> TypeAdapter[Any]:
     schema = field(key).schema
-    return TypeAdapter(Annotated[schema.annotation, schema] if schema.metadata else schema.annotation)
+    annotation: Any = Annotated[schema.annotation, schema] if schema.metadata else schema.annotation
+    return TypeAdapter(annotation)
 
 
 def parse_value(key: str, text: str) -> Any:

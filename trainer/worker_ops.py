@@ -120,7 +120,7 @@ class Operations:
         from trainer.data.shape import Shaper
 
         shaper = Shaper(profile, profiles_root, system_prompt, date)
-        shown = []
+        shown: list[dict[str, Any]] = []
         for row in read_rows(path):
             if len(shown) >= rows:
                 break

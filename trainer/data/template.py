@@ -130,7 +130,7 @@ class Template:
         """Cut the rendering of `messages`; raises Refusal for a row whose contents cannot be found in it."""
         roles = tuple(message["role"] for message in messages)
         layout = self.layout(roles)
-        notes = ("system_dropped",) if len(layout.order) < len(roles) else ()
+        notes: tuple[str, ...] = ("system_dropped",) if len(layout.order) < len(roles) else ()
         contents = [messages[number]["content"] for number in layout.order]
         rendered = self.text(messages)
         if _fill(layout.scaffolds, contents) != rendered:

@@ -63,7 +63,8 @@ def _line(line: GateLine) -> str:
     more = ""
     if line.more:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in line.more)
-        more = f'<details data-fold="{html.escape(line.code)}"><summary>More</summary><ul class="sb-report-card">{items}</ul></details>'
+        card = f'<ul class="sb-report-card">{items}</ul>'
+        more = f'<details data-fold="{html.escape(line.code)}"><summary>More</summary>{card}</details>'
     offers = f"<div class=sb-offers>{actions}</div>" if actions else ""
     return (
         f'<li class="sb-tone-{tone}{stale}" data-code="{html.escape(line.code)}" '
