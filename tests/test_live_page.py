@@ -147,8 +147,9 @@ def test_without_a_server_the_figures_stay_and_the_page_says_since_when(
     page = context.new_page()
     open_board(page, app, made.run_id, 30)
     before = page.locator(".sb-live-value").all_inner_texts()
-    page.clock.install()
     page.route("**/feed?*", lambda route: route.abort())
+    page.wait_for_timeout(1500)  # an answer on its way would be stamped by a clock that is just being put in
+    page.clock.install()
     page.clock.run_for(130_000)
     bar = page.locator(".sb-live-bar.sb-tone-warn")
     bar.wait_for()
