@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from trainer.config import resolve
+from trainer.loop.memory import Sizes, adapter_weights, parts
 from trainer.machine import Gpu, Machine
 from trainer.refusal import Refusal
 from ui import train_do
 from ui.checks import stamp
 from ui.drafts import Draft
 from ui.facts import gather
-from ui.fit import Sizes, adapter_weights, memory_fact, parts
+from ui.fit import memory_fact
 from ui.form_state import form_state, problem_list
 from ui.gate import blocking, gate_lines
 from ui.gate_facts import Facts, GateLine

@@ -20,13 +20,14 @@ from trainer.config import Change, Config, diff, resolve
 from trainer.data.conversation import PROBLEM_NAMES
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
+from trainer.loop.memory import Sizes, trained_weights
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from ui import numbers
 from ui.checks import Check, Question, check, stamp
 from ui.derived import Plan, plan_of
 from ui.drafts import Draft
-from ui.fit import Sizes, memory_fact, trained_weights
+from ui.fit import memory_fact
 from ui.form_state import FormState, judged_values
 from ui.gate_facts import DataFact, DiskFact, Facts, ModelFact, SmokeFact
 from ui.site import Site

@@ -110,6 +110,12 @@ def choose_path(
     model: PreTrainedModel, batch: MicroBatch, *, compute: torch.dtype, autocast: torch.dtype | None
 ) -> Choice:
     """Compare each way with the reference on `batch` (two short rows) in the weights' own format; take the first that agrees."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise Refusal(
+            "This model's config.json switches router losses on (output_router_logits), which are not trained here. "
+            "Set it to false to train on the answers alone.",
+            "model_path",
+        )
     head = plain_head(model)
     dtype = next(model.parameters()).dtype
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2

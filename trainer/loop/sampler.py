@@ -41,6 +41,26 @@ def compose(text: str, index: int, config: Config, prompt: Prompt, user_profiles
     return profile.transform({"messages": messages}, index)["messages"] if profile else messages
 
 
+def messages_as_trained(
+    config: Config, prompt: Prompt, worker: Worker, user_profiles: Path, file: str, index: int
+) -> list[dict[str, Any]]:
+    """The messages of row `index` (from 0) of `file`, with system message and profile; read by the worker."""
+    view = worker.call(
+        "view_row",
+        timeout_s=120,
+        path=file,
+        row=index,
+        model_path=config.model_path,
+        profile=prompt.profile,
+        system_prompt=config.profile.system_prompt,
+        date=prompt.date,
+        max_length=config.hyperparams.max_length,
+        too_long=config.data.too_long,
+        profiles_root=str(user_profiles),
+    )
+    return view["after"]
+
+
 def held_out_messages(
     config: Config, prompt: Prompt, tokens: Tokens, worker: Worker, user_profiles: Path, count: int
 ) -> list[list[dict[str, Any]]]:
@@ -54,20 +74,7 @@ def held_out_messages(
     found = []
     for row in rows[:count]:
         file, _, index = (int(value) for value in np.asarray(cache.source)[row])
-        view = worker.call(
-            "view_row",
-            timeout_s=60,
-            path=files[file],
-            row=index,
-            model_path=config.model_path,
-            profile=prompt.profile,
-            system_prompt=config.profile.system_prompt,
-            date=prompt.date,
-            max_length=config.hyperparams.max_length,
-            too_long=config.data.too_long,
-            profiles_root=str(user_profiles),
-        )
-        found.append(view["after"])
+        found.append(messages_as_trained(config, prompt, worker, user_profiles, files[file], index))
     return found
 
 

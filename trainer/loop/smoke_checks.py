@@ -22,7 +22,7 @@ from trainer.loop import optim
 from trainer.loop.forward import losses
 from trainer.loop.prepare import Left, Model, Tokens
 from trainer.loop.sample import answer
-from trainer.loop.sampler import held_out_messages
+from trainer.loop.sampler import held_out_messages, messages_as_trained
 from trainer.loop.save import Saver, Snapshot, load_optimizer, snapshot
 from trainer.machine import GIB
 from trainer.models import activations
@@ -111,20 +111,8 @@ def prompt_in_tokens(
     row = int(tokens.trained_rows[0])
     files = [file.path for file in config.data.files]
     file, line, index = (int(value) for value in np.asarray(tokens.cache.source)[row])
-    view = worker.call(
-        "view_row",
-        timeout_s=120,
-        path=files[file],
-        row=index,
-        model_path=config.model_path,
-        profile=prompt.profile,
-        system_prompt=config.profile.system_prompt,
-        date=prompt.date,
-        max_length=config.hyperparams.max_length,
-        too_long=config.data.too_long,
-        profiles_root=str(user_profiles),
-    )
-    system = next((message["content"] for message in view["after"] if message["role"] == "system"), "")
+    messages = messages_as_trained(config, prompt, worker, user_profiles, files[file], index)
+    system = next((message["content"] for message in messages if message["role"] == "system"), "")
     if not system.strip():
         report.add("prompt", "pass", "No system prompt is set and the rows have none; the model sees none.")
         return
