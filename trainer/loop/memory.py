@@ -70,7 +70,7 @@ def parts(config: Config, sizes: Sizes, longest: int | None, on_gpu: bool) -> di
     if h.method == "full":
         pure = short and h.master_weights == "none"
         # autocast keeps a 16-bit copy of each fp32 matrix while a micro-batch is computed
-        weights = sizes.parameters * (2 if pure else 6 if short else 4)
+        weights: float = sizes.parameters * (2 if pure else 6 if short else 4)
         gradients = trained * (2 if pure else 4)
     else:
         base = 0.56 if h.method == "qlora" else compute
