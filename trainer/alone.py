@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer import launch, lease
 from trainer.cli import REFUSED, install_stop
 from trainer.engine import MUST_RESTART, threads_for
 from trainer.files import make_private_dir
-from trainer.machine import machine
+from trainer.machine import Machine, machine
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.schema import Config
@@ -21,6 +24,9 @@ from trainer.signals import Signals
 from trainer.states import allowed
 from trainer.worker import Worker
 from trainer.workspace import Workspace
+
+if TYPE_CHECKING:
+    from trainer.loop.team import Team
 
 GOOD_ENDS = ("finished", "stopped", "paused")
 
@@ -49,37 +55,76 @@ def ask_worker(op: str, **args: Any) -> Any:
 
 
 def train_alone(workspace: Workspace, config: Config, output: Path | None) -> int:
-    """Train a new run to its end; exit status 0, or 2 when it failed or diverged."""
+    """Train a new run to its end; exit status 0, or 2 when it failed or diverged. Under torchrun, together."""
     here = machine()
-    launch.check_paths(config)
-    lock = lease.acquire(here.device, kind="train", owner=owner_here(), run_id="", name=launch.auto_name(config))
-    try:
-        run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads_for(here), output=output)
-        print(f"Run directory: {run.path}", flush=True)
-        return _to_end(open_life(run, owner_here(), resumed=False), workspace)
-    finally:
-        lock.release()
+    with _joined(here) as team:
+        if team is not None and not team.leads:
+            return _help_along(team, here)
+        launch.check_paths(config)
+        with _devices(here, team, run_id="", name=launch.auto_name(config)):
+            threads = max(1, threads_for(here) // (team.size if team else 1))
+            run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads, output=output)
+            print(f"Run directory: {run.path}", flush=True)
+            return _to_end(open_life(run, owner_here(), resumed=False), workspace, team)
 
 
 def resume_alone(run: RunDir, quiet: bool) -> int:
-    """Go on with a run from its newest whole checkpoint."""
-    now = status(run)
-    if now.state == "finished":
-        print(f"This run is finished at step {now.current_step:,}: there is nothing to resume.")
-        return 0
-    if "resume" not in allowed(now.state):
-        raise Refusal(f"This run is {now.state}: there is nothing to resume.")
+    """Go on with a run from its newest whole checkpoint. Under torchrun, together."""
     here = machine()
-    lock = lease.acquire(here.device, kind="train", owner=owner_here(), run_id=run.run_id, name=now.name)
+    with _joined(here) as team:
+        if team is not None and not team.leads:
+            return _help_along(team, here)
+        now = status(run)
+        if now.state == "finished":
+            print(f"This run is finished at step {now.current_step:,}: there is nothing to resume.")
+            return 0
+        if "resume" not in allowed(now.state):
+            raise Refusal(f"This run is {now.state}: there is nothing to resume.")
+        with _devices(here, team, run_id=run.run_id, name=now.name):
+            root = Path(run.snapshot().get("workspace", run.path.parent.parent))
+            workspace = Workspace(root).create()
+            return _to_end(open_life(run, owner_here(), resumed=True), workspace, team, quiet=quiet)
+
+
+@contextlib.contextmanager
+def _joined(here: Machine) -> Iterator[Team | None]:
+    """The processes that torchrun started, met; None where this one is alone, and torch is not imported yet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    from trainer.loop import team
+
+    size = int(os.environ["WORLD_SIZE"])
+    if here.gpu is not None and len(here.gpus) < size:
+        raise Refusal(f"{size} processes were started, and this machine has {len(here.gpus)} GPUs: one each is needed.")
     try:
-        root = Path(run.snapshot().get("workspace", run.path.parent.parent))
-        workspace = Workspace(root).create()
-        return _to_end(open_life(run, owner_here(), resumed=True), workspace, quiet=quiet)
+        yield team.join(cuda=here.gpu is not None)
     finally:
-        lock.release()
+        team.leave()
 
 
-def _to_end(life: Life, workspace: Workspace, quiet: bool = False) -> int:
+@contextlib.contextmanager
+def _devices(here: Machine, team: Team | None, *, run_id: str, name: str) -> Iterator[None]:
+    """The lease of the device, or of every device a team computes on; Refusal (Busy) when one is taken."""
+    devices = [gpu.uuid.lower() for gpu in here.gpus[: team.size]] if team and here.gpu else [here.device]
+    with contextlib.ExitStack() as held:
+        for device in devices:
+            lock = lease.acquire(device, kind="train", owner=owner_here(), run_id=run_id, name=name)
+            held.callback(lock.release)
+        yield
+
+
+def _help_along(team: Team, here: Machine) -> int:
+    """Help the leader to its end. Signals are the leader's: a Ctrl-C reaches every process of the team."""
+    from trainer.loop.follow import follow
+
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    follow(team, here)
+    return 0
+
+
+def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = False) -> int:
     install_stop(lambda: ask_stop(life.signals))
     worker = Worker()
     run = life.run
@@ -90,6 +135,7 @@ def _to_end(life: Life, workspace: Workspace, quiet: bool = False) -> int:
             worker,
             machine(),
             echo=(lambda text: None) if quiet else _say,
+            team=team,
         )
     finally:
         worker.close()

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,6 +28,9 @@ from trainer.signals import ControlWatch, Signals
 from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 from trainer.workspace import Workspace
+
+if TYPE_CHECKING:
+    from trainer.loop.team import Team
 
 
 @dataclass
@@ -73,10 +76,12 @@ def train_to_end(
     machine: Machine,
     *,
     echo: Callable[[str], None] | None = None,
+    team: Team | None = None,
 ) -> str:
     """Train `life.run` until it ends, write the last event, free everything; returns the last event's kind.
 
-    Never raises for what happens inside: a Refusal or a fault becomes a `failed` event with its cause.
+    Never raises for what happens inside: a Refusal or a fault becomes a `failed` event with its cause. `team` is that of
+    the processes which torchrun started, this one leading it.
     """
 
     def say(text: str) -> None:
@@ -93,7 +98,7 @@ def train_to_end(
         telemetry = Telemetry(life.run.telemetry, _allocator if gpu else None, gpu.index if gpu else None)
         telemetry.start()
         unwind.callback(telemetry.stop)
-        kind, fields = _attempt(life, workspace, worker, machine, telemetry, say)
+        kind, fields = _attempt(life, workspace, worker, machine, telemetry, say, team)
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
         if kind == "failed" and echo is not None:
             print(fields["cause"], file=sys.stderr)
@@ -113,11 +118,12 @@ def _attempt(
     machine: Machine,
     telemetry: Telemetry,
     say: Callable[[str], None],
+    team: Team | None,
 ) -> tuple[str, dict[str, Any]]:
     """Run the loop; whatever is raised becomes ("failed", cause), with no frame and no tensor kept alive."""
     fields: dict[str, Any] = {}
     try:
-        kind, fields = _run(life, workspace, worker, machine, telemetry, say)
+        kind, fields = _run(life, workspace, worker, machine, telemetry, say, team)
     except Refusal as refusal:
         kind, fields = "failed", {"cause": refusal.message, "field": refusal.field}
         traceback.clear_frames(refusal.__traceback__)
@@ -137,11 +143,13 @@ def _run(
     machine: Machine,
     telemetry: Telemetry,
     say: Callable[[str], None],
+    team: Team | None,
 ) -> tuple[str, dict[str, Any]]:
     import torch
 
     from trainer.loop.prepare import Left, pick_device
     from trainer.loop.ready import Surroundings, get_ready
+    from trainer.loop.team import ALONE
     from trainer.loop.train import Training
 
     snapshot = life.run.snapshot()
@@ -164,6 +172,7 @@ def _run(
         torch.get_num_threads(),
         life.number,
         say,
+        team or ALONE,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()

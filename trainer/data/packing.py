@@ -34,6 +34,11 @@ class Plan:
         """Optimiser steps of the whole run."""
         return len(self.step_packs)
 
+    def packs_each(self, step: int, most: int, processes: int) -> int:
+        """Packs in a micro-batch of `step` (1-based): at most `most`, and few enough that every process gets some."""
+        first, end = (int(value) for value in self.step_packs[step - 1])
+        return min(most, -(-(end - first) // processes))
+
     def micro_batches(self, step: int, packs_each: int) -> list[np.ndarray]:
         """Rows of each micro-batch of `step` (1-based), `packs_each` packs at a time."""
         first, end = (int(value) for value in self.step_packs[step - 1])

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from trainer.data.loader import Rows, assemble
 from trainer.loop.forward import Path, losses
+from trainer.loop.team import ALONE, Team
 
 
 def micro_groups(rows: np.ndarray, lengths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
@@ -36,20 +37,24 @@ def held_out_loss(
     path: Path,
     device: str,
     interrupt: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
 ) -> float | None:
-    """Mean loss of a label over all rows, in nats; None when `interrupt()` said so in between."""
+    """Mean loss of a label over all rows, in nats; None when `interrupt()` said so in between, in any process of the team."""
     was_training = trained.training
     trained.eval()
     total = torch.zeros((), dtype=torch.float64 if not device.startswith("mps") else torch.float32, device=device)
-    labels = 0
+    labels, left = 0, False
     try:
         with torch.no_grad():
-            for rows in groups:
-                if interrupt():
-                    return None
+            for _, rows in team.share(groups):
+                if left := interrupt():
+                    break
                 batch = assemble(cache, rows, device)
                 total += losses(model, batch, path).sum().to(total.dtype)
                 labels += batch.labels
     finally:
         trained.train(was_training)
-    return float(total) / max(1, labels)
+    sums = torch.cat([total.reshape(1), total.new_tensor([labels, left])])
+    team.sum(sums)
+    loss_sum, label_count, interrupted = sums.tolist()
+    return None if interrupted else loss_sum / max(1.0, label_count)

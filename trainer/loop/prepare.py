@@ -16,8 +16,10 @@ from trainer.data.loader import MicroBatch, assemble
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
 from trainer.launch import Prompt, fingerprint
+from trainer.loop.evaluate import micro_groups
 from trainer.loop.forward import Choice, choose_path, losses
 from trainer.loop.step import Stepper
+from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
 from trainer.models.lora import add_lora, continue_lora
@@ -67,8 +69,8 @@ class Model:
     stepper: Stepper
 
 
-def pick_device(machine_device: str) -> str:
-    """The torch device for the machine's device name; Refusal when the GPU cannot be used after all."""
+def pick_device(machine_device: str, rank: int = 0) -> str:
+    """The torch device for the machine's device name, the `rank`th of several; Refusal when it cannot be used after all."""
     if machine_device == "cpu":
         return "cpu"
     # the driver's numbering, which the lock and the telemetry use; torch's own puts the fastest card first
@@ -78,7 +80,7 @@ def pick_device(machine_device: str) -> str:
             "The GPU is there, but torch cannot use it (driver too old or device busy). "
             "`python -m torch.utils.collect_env` says more."
         )
-    return "cuda:0"
+    return f"cuda:{rank}"
 
 
 def pick_precision(config: Config, device: str) -> Precision:
@@ -159,8 +161,13 @@ def all_tokens(
         return tokenise(config, prompt, Path(config.model_path), roots, worker, interrupt, progress, files)
 
     cache = cached([file.path for file in config.data.files])
-    own = config.data.validation_dataset_path
-    return split_rows(config, cache, cached([own]) if own and config.eval.eval_strategy != "no" else None)
+    held_out = cached([config.data.validation_dataset_path]) if has_held_out_file(config) else None
+    return split_rows(config, cache, held_out)
+
+
+def has_held_out_file(config: Config) -> bool:
+    """Whether held-out loss is measured on a file of its own."""
+    return bool(config.data.validation_dataset_path) and config.eval.eval_strategy != "no"
 
 
 def split_rows(config: Config, cache: TokenCache, held_out: TokenCache | None) -> Tokens:
@@ -174,6 +181,13 @@ def split_rows(config: Config, cache: TokenCache, held_out: TokenCache | None) -
         kept = np.arange(min(len(held_out.lengths), config.data.validation_max_rows))
     weights = np.array([file.weight for file in config.data.files])[np.asarray(cache.source)[trained, 0]]
     return Tokens(cache, held_out or cache, kept, trained, weights)
+
+
+def held_out_groups(config: Config, tokens: Tokens) -> list[np.ndarray]:
+    """The held-out rows as micro-batches; none where held-out loss is not measured."""
+    if config.eval.eval_strategy == "no" or len(tokens.held_out_rows) == 0:
+        return []
+    return micro_groups(tokens.held_out_rows, np.asarray(tokens.held_out.lengths), config.hyperparams.max_length * 2)
 
 
 def plan_of(config: Config, tokens: Tokens) -> Plan:
@@ -201,6 +215,7 @@ def build_model(
     say: Say,
     *,
     resume_from: Path | None = None,
+    team: Team = ALONE,
 ) -> Model:
     """Load, add LoRA, switch checkpointing, build the optimizer, and prove the loss path on two short real rows.
 
@@ -239,6 +254,7 @@ def build_model(
         optimizer=h.optimizer,
         seed=config.data.seed,
         fp16=precision.fp16,
+        team=team,
     )
     count = sum(parameter.numel() for _, parameter in stepper.named)
     say(f"Training {count / 1e6:.2f} M of {loaded.model.num_parameters() / 1e6:.1f} M weights ({h.method}).")

@@ -17,9 +17,9 @@ from trainer.events import EventLog
 from trainer.files import make_private_dir
 from trainer.launch import Prompt, fingerprint
 from trainer.loop import optim, prepare
-from trainer.loop.evaluate import micro_groups
 from trainer.loop.sampler import Sampler
 from trainer.loop.save import Saver, load_optimizer
+from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.refusal import Refusal
 from trainer.run import RunDir
@@ -29,7 +29,7 @@ from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 
 # what must be the same for a resume to be the same run; everything else may change
-MUST_MATCH = ("token_key", "held_out", "plan", "seed", "threads", "model")
+MUST_MATCH = ("token_key", "held_out", "plan", "seed", "threads", "processes", "model")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Surroundings:
     threads: int
     life: int
     say: Callable[[str], None]
+    team: Team = ALONE
 
 
 @dataclass
@@ -93,14 +94,25 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     if found is not None:
         _same_model(around, config)
     converted = make_private_dir(around.tokens_root.parent / "converted")
+    folder = prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say)
+    around.team.tell(
+        {
+            "run": str(around.run.path),
+            "folder": str(folder),
+            "cache": str(tokens.cache.path),
+            "held_out": str(tokens.held_out.path),
+            "checkpoint": str(found.path) if found else None,
+        }
+    )
     model = prepare.build_model(
         config,
-        prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say),
+        folder,
         tokens.cache,
         around.device,
         around.device_name,
         around.say,
         resume_from=found.path / checkpoint.MODEL if found else None,
+        team=around.team,
     )
     facts = _facts(around, config, tokens, plan)
     h = config.hyperparams
@@ -117,9 +129,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         model.loaded.base_path,
         config.output.save_total_limit,
     )
-    lengths = np.asarray(tokens.held_out.lengths)
-    measured = config.eval.eval_strategy != "no" and len(tokens.held_out_rows) > 0
-    groups = micro_groups(tokens.held_out_rows, lengths, h.max_length * 2) if measured else []
+    groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
     leave_if_asked(around)
     return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts)
@@ -196,6 +206,7 @@ def _facts(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: P
         "plan": digest.hexdigest()[:16],
         "seed": config.data.seed,
         "threads": around.threads,
+        "processes": around.team.size,
         "model": around.run.snapshot()["model"]["fingerprint"],
         "held_out": tokens.held_out.meta["key"],
     }
@@ -211,15 +222,22 @@ def _take_up(
                 f"Cannot resume: {key.replace('_', ' ')} was {state['facts'].get(key)} and is now {facts[key]}; the rest "
                 "of the curve would be another run's. Put it back, or start a new run from this checkpoint's model."
             )
+    progress = restore(config, model, found.path)
+    for name, why in found.passed_over:
+        text = f"{name} was passed over: {why}. It is kept."
+        around.events.append("alert", code="checkpoint", step=found.step, text=text)
+    around.say(f"Resuming from step {found.step}.")
+    return progress
+
+
+def restore(config: Config, model: prepare.Model, directory: Path) -> Progress:
+    """Optimizer states, scaler and progress of the verified checkpoint in `directory`, its weights being loaded already."""
+    state = checkpoint.read_state(directory)
     stepper = model.stepper
-    optim.restore(stepper.optimizer, stepper.named, load_optimizer(found.path))
+    optim.restore(stepper.optimizer, stepper.named, load_optimizer(directory))
     if state.get("scaler"):
         stepper.scaler.load_state_dict(state["scaler"])
     progress = Progress(**state["progress"])
     if progress.checkpointing and not config.hyperparams.use_gradient_checkpointing:
         recompute(model.loaded.model, config.hyperparams.gradient_checkpointing_policy)
-    for name, why in found.passed_over:
-        text = f"{name} was passed over: {why}. It is kept."
-        around.events.append("alert", code="checkpoint", step=found.step, text=text)
-    around.say(f"Resuming from step {found.step}.")
     return progress

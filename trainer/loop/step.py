@@ -15,12 +15,16 @@ from transformers import PreTrainedModel
 from trainer.data.loader import MicroBatch, Rows, assemble
 from trainer.loop import optim
 from trainer.loop.forward import Path, losses
+from trainer.loop.team import ALONE, Team
 from trainer.models.load import Loaded
 
 
-def draw_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:
-    """The seed of one micro-batch's random draws (dropout): a pure function, so that no state needs saving."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+def draw_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of one micro-batch's random draws (dropout): a pure function, so that no state needs saving.
+
+    `micro` counts the step's micro-batches over all processes, so that a team draws what one process draws.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/0".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -92,8 +96,10 @@ class Stepper:
         optimizer: str,
         seed: int,
         fp16: bool,
+        team: Team = ALONE,
     ) -> None:
         self.model: PreTrainedModel = loaded.model
+        self.team = team
         self.trained = trained
         self.path = path
         self.device = device
@@ -105,40 +111,43 @@ class Stepper:
         self.guard = optim.StepGuard(device)
         self.scaler = torch.amp.GradScaler(device.split(":")[0], enabled=fp16)
         self._parameters = [parameter for _, parameter in self.named]
+        team.start_alike(self._parameters)
 
     def step(
         self, number: int, micro_rows: list[np.ndarray], cache: Rows, rate: float, interrupt: Any = None
     ) -> StepRecord | None:
         """Train step `number` on the rows of each micro-batch; None when `interrupt()` said so before the update.
 
-        The gradient is that of the summed label losses over the labels of all micro-batches together.
+        The gradient is that of the summed label losses over the labels of all micro-batches together. A team parts the
+        micro-batches among its processes, and all of them come to the same weights.
         """
         started = time.perf_counter()
-        labels = sum(int((np.asarray(cache.labels(int(row)))[1:] > 0).sum()) for rows in micro_rows for row in rows)
+        rows = np.concatenate(micro_rows)
+        trained = [np.asarray(cache.labels(int(row))) for row in rows]
+        labels_of_row = [int((mask[1:] > 0).sum()) for mask in trained]
+        labels, tokens = sum(labels_of_row), sum(len(mask) for mask in trained)
+        starts = np.cumsum([0, *(len(group) for group in micro_rows)])
         data_s = time.perf_counter() - started
         marks = Marks(self.device)
         marks.mark()
-        sums: list[torch.Tensor] = []
-        labels_of_row: list[int] = []
-        row_ids: list[int] = []
-        tokens = 0
-        for micro, rows in enumerate(micro_rows):
+        sums = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
+        for micro, group in self.team.share(micro_rows):
             if interrupt is not None and interrupt():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             started = time.perf_counter()
-            batch = assemble(cache, rows, self.device)
+            batch = assemble(cache, group, self.device)
             data_s += time.perf_counter() - started
             torch.manual_seed(draw_seed(self.seed, number, micro))
-            sums.append(self._backward(batch, labels))
-            labels_of_row += batch.labels_of_row
-            row_ids += batch.rows
-            tokens += batch.tokens
+            sums[starts[micro] : starts[micro + 1]] = self._backward(batch, labels)
+        self.team.sum(sums)
+        self.team.sum_gradients(self._parameters)
         marks.mark()
         norm = self._update(rate, sums)
-        values = self._to_host(torch.cat([norm.float().reshape(1), self.guard.flag.reshape(1), *sums]))
+        values = self._to_host(torch.cat([norm.float().reshape(1), self.guard.flag.reshape(1), sums]))
         marks.mark()
-        return StepRecord(number, rate, tuple(row_ids), labels_of_row, labels, tokens, data_s, marks, values)
+        row_ids = tuple(int(row) for row in rows)
+        return StepRecord(number, rate, row_ids, labels_of_row, labels, tokens, data_s, marks, values)
 
     def _backward(self, batch: MicroBatch, labels: int) -> torch.Tensor:
         """Add this micro-batch's gradient; returns the loss sum of each of its rows, (rows,) on the device."""
@@ -147,14 +156,14 @@ class Stepper:
         sums = torch.zeros(len(batch.rows), dtype=torch.float32, device=found.device)
         return sums.index_add_(0, batch.label_row, found.detach())
 
-    def _update(self, rate: float, sums: list[torch.Tensor]) -> torch.Tensor:
+    def _update(self, rate: float, sums: torch.Tensor) -> torch.Tensor:
         """Clip and update; returns the gradient norm before clipping, 0-dim on the device."""
         fp16 = self.scaler.is_enabled()
         if fp16:
             self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        total = torch.stack([part.sum() for part in sums]).sum()
+        total = sums.sum()
         # an overflowing gradient is everyday in fp16: the scaler skips that step and halves its scale
         self.guard.see(total) if fp16 else self.guard.see(total, norm)
         if fp16:

@@ -20,6 +20,7 @@ from trainer.loop.ready import Ready, Surroundings
 from trainer.loop.save import snapshot
 from trainer.loop.schedule import learning_rate
 from trainer.loop.step import StepRecord
+from trainer.loop.team import Order, Word
 from trainer.metrics import MetricsWriter
 from trainer.models.activations import recompute
 from trainer.refusal import Refusal
@@ -57,6 +58,11 @@ class Training:
 
     def loop(self) -> Outcome:
         """Train until the plan ends or an end is asked for; the last state is saved either way."""
+        outcome = self._steps()
+        self.around.team.order(Order(Word.END))
+        return outcome
+
+    def _steps(self) -> Outcome:
         around, plan = self.around, self.plan
         self.metrics = MetricsWriter(around.run.metrics, around.run.rows, around.life)
         around.events.append("running", step=self.progress.step)
@@ -95,9 +101,14 @@ class Training:
         )
         record = None
         out_of_memory = False
+        team = self.around.team
+        packs_each = self.plan.packs_each(number, self.progress.packs_each, team.size)
         try:
-            groups = self.plan.micro_batches(number, self.progress.packs_each)
-            record = self.stepper.step(number, groups, self.tokens.cache, rate, self.around.signals.now)
+            team.order(Order(Word.STEP, number, packs_each, rate))
+            groups = self.plan.micro_batches(number, packs_each)
+            # the others of a team are inside the step by now and would wait for this one's gradients
+            interrupt = self.around.signals.now if team.size == 1 else None
+            record = self.stepper.step(number, groups, self.tokens.cache, rate, interrupt)
         except torch.OutOfMemoryError:
             out_of_memory = True  # the frames, and the tensors in them, are gone only after this block is left
         if out_of_memory:
@@ -111,6 +122,11 @@ class Training:
 
     def _smaller(self, step: int) -> None:
         """One rung down the ladder: half the micro-batch with twice the accumulation, at one row checkpointing."""
+        if self.around.team.size > 1:
+            raise Refusal(
+                f"Out of memory at step {step}. With {self.around.team.size} processes the micro-batch is not lowered by "
+                "itself: resume with a smaller hyperparams.batch_size and more hyperparams.gradient_accumulation."
+            )
         self.stepper.optimizer.zero_grad(set_to_none=True)
         if self.around.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -246,6 +262,7 @@ class Training:
         """Measure held-out loss; True when it was measured (and not left for a stop)."""
         if not self.ready.held_out_groups or self.diverged_at is not None:
             return False
+        self.around.team.order(Order(Word.HELD_OUT))
         loss = self._aside(
             "eval",
             lambda: held_out_loss(
@@ -256,6 +273,7 @@ class Training:
                 self.model.choice.path,
                 self.around.device,
                 self.around.signals.interrupt,
+                self.around.team,
             ),
         )
         if loss is None:
