@@ -5,6 +5,7 @@ Torch-free to import; handlers of the page call `start_*`, which refuse at once 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -24,10 +25,11 @@ from trainer.run import RunDir, new_run_id, status
 from trainer.schema import Config
 from trainer.session import open_life, train_to_end
 from trainer.signals import Signals
-from trainer.states import allowed
+from trainer.states import State, allowed
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
+QUEUE_LOOK_S = 0.5
 MUST_RESTART = 75  # the exit code that asks the supervisor for a fresh process
 
 
@@ -52,6 +54,7 @@ class Engine:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._accepted: _Task | None = None  # the training or smoke test that holds the device, waiting or at work
         self._start = threading.Lock()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,14 +97,66 @@ class Engine:
         now = status(run)
         if "resume" not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
+        self._begin(run, now.name, owner)
+        self.workspace.queue.remove(run_id)
+
+    def enqueue_new(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
+        """Make a run and put it at the end of the queue; returns its id. Raises Refusal before anything is written."""
         here = self.machine()
-        with self._start:
-            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run_id, name=now.name or run_id)
+        run, _ = launch.new_run(
+            self.workspace, config, here, owner=owner, threads=threads_for(here), name=name, why=why
+        )
+        self.workspace.queue.add(run.run_id, owner)
+        return run.run_id
+
+    def enqueue(self, run_id: str, owner: str) -> int:
+        """Put a run that was never started, or one to go on with, at the end of the queue; returns its place from 1."""
+        run = self.workspace.run(run_id)
+        now = status(run)
+        if not _can_wait(now.state):
+            raise Refusal(f"This run is {now.state}: it cannot wait in the queue.")
+        return self.workspace.queue.add(run_id, owner)
+
+    def start_next(self) -> str | None:
+        """Start the first run of the queue if the device is free and nobody holds the queue back; returns its id.
+
+        A run that cannot be started is marked failed with the reason and makes room for the next.
+        """
+        waiting = self.workspace.queue.read()
+        if self._accepted is not None or self.poisoned.is_set() or waiting.held_by or not waiting.entries:
+            return None
+        first = waiting.entries[0]
+        try:
+            run = self.workspace.run(first.run_id)
+            now = status(run)
+            started = _can_wait(now.state)
+            if started:
+                self._begin(run, now.name, first.by)
+        except lease.Busy:
+            return None
+        except Refusal as refusal:  # deleted meanwhile, or its folder cannot be written
+            started = False
+            self._mark_failed(first.run_id, refusal)
+        self.workspace.queue.remove(first.run_id)
+        return first.run_id if started else None
+
+    def tend_queue(self) -> None:
+        """Keep starting the next run of the queue from now on, until `shutdown`."""
+        threading.Thread(target=self._tend, name="queue", daemon=True).start()
+
+    def _tend(self) -> None:
+        while not self._ended.wait(QUEUE_LOOK_S):
             try:
-                self._train(run, lock, here, owner, resumed=True)
-            except BaseException:
-                lock.release()
-                raise
+                self.start_next()
+            except (Refusal, OSError):  # a queue file that cannot be read or written: the page says so when it looks
+                continue
+
+    def _mark_failed(self, run_id: str, refusal: Refusal) -> None:
+        with contextlib.suppress(Refusal, OSError):
+            run = self.workspace.run(run_id)
+            life = open_life(run, "queue", resumed=run.events.exists())
+            life.events.append("failed", cause=refusal.message)
+            life.close()
 
     def start_smoke(self, config: Config, owner: str) -> str:
         """Start a smoke test; returns its id. Its report grows in smoke/ID/report.json."""
@@ -140,6 +195,7 @@ class Engine:
 
     def shutdown(self, timeout_s: float) -> bool:
         """Stop at the step, save, end the thread; False when it did not end in time."""
+        self._ended.set()
         task = self._accepted
         if task is not None:
             task.signals.ask("stop", "shutdown of the server")
@@ -158,13 +214,25 @@ class Engine:
         self._accepted = task
         self._tasks.put(task)
 
+    def _begin(self, run: RunDir, name: str, owner: str) -> None:
+        here = self.machine()
+        with self._start:
+            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)
+            try:
+                self._train(run, lock, here, owner, resumed=run.events.exists())
+            except BaseException:
+                lock.release()
+                raise
+
     def _train(self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool) -> None:
         life = open_life(run, owner, resumed=resumed)
 
         def work() -> None:
-            train_to_end(life, self.workspace, self.worker, here)
+            end = train_to_end(life, self.workspace, self.worker, here)
             if life.poisoned:
                 self.poisoned.set()
+            if end == "paused" and self.workspace.queue.read().entries:  # somebody wants the device for something else
+                self.workspace.queue.hold(life.signals.wish.by)
 
         self._hand_over(_Task("train", work, lock, life.signals))
 
@@ -180,6 +248,11 @@ class Engine:
                     task.lock.release()
                 if self._accepted is task:
                     self._accepted = None
+
+
+def _can_wait(state: State) -> bool:
+    """Whether a run in this state can stand in the queue: never started, or at rest with something to go on from."""
+    return state == "queued" or "resume" in allowed(state)
 
 
 def threads_for(here: Machine) -> int:

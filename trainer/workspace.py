@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.files import NAME, fsync_dir, make_private_dir, read_json, write_json
+from trainer.queue import Queue
 from trainer.refusal import Refusal
 from trainer.run import RunDir
 
@@ -84,6 +85,11 @@ class Workspace:
     def runs(self) -> Path:
         """One directory a run."""
         return self.root / "runs"
+
+    @property
+    def queue(self) -> Queue:
+        """The runs that wait for the device."""
+        return Queue(self.root / "queue.json")
 
     @property
     def tokens(self) -> Path:

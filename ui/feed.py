@@ -21,6 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from trainer import control, locks, metrics
+from trainer.refusal import Refusal
 from trainer.run import RunDir, Status
 from trainer.states import LIVE_STATES, State, allowed
 from ui.follow import Cursor, Follower, Reader
@@ -138,7 +139,18 @@ class Feed:
             # by its last sign, not by its id: a run of last week may have been resumed this morning
             latest = max(runs, key=lambda run: run.events.stat().st_mtime if run.events.exists() else 0.0)
             answer["last"] = _line(self.follower(latest).status())
+        if answer["run"] is None:
+            answer["next"] = self._next()
         return answer
+
+    def _next(self) -> dict[str, Any] | None:
+        """The first of the queue, and whether the queue is held back; None where nothing waits."""
+        try:
+            waiting = self._site.workspace.queue.read()
+            run = self._site.workspace.run(waiting.entries[0].run_id)
+        except (Refusal, IndexError):
+            return None
+        return {"name": self.follower(run).status().name or run.run_id, "held": bool(waiting.held_by)}
 
 
 def _line(status: Status) -> dict[str, Any]:

@@ -311,8 +311,8 @@ def _smoke(config: Config, facts: Facts) -> GateLine:
 
 
 def _busy(facts: Facts) -> GateLine:
-    look = (Action("Look at it", "link", href=f"live?run={facts.busy_run}" if facts.busy_run else "live"),)
-    return GateLine("busy", "problem", facts.busy, look, blocks=True)
+    look = Action("Look at it", "link", href=f"live?run={facts.busy_run}" if facts.busy_run else "live")
+    return GateLine("busy", "problem", facts.busy, (Action("Add to queue", "queue"), look), blocks=True)
 
 
 def _and(words: list[str]) -> str:

@@ -12,10 +12,10 @@ Status = Literal["problem", "warning", "pass", "not-possible", "not-run"]
 
 @dataclass(frozen=True)
 class Action:
-    """A button or link of a line: go to a field, set values (dotted key to text), or open a page of ours."""
+    """A button or link of a line: go to a field, set values (dotted key to text), open a page of ours, wait in the queue."""
 
     text: str
-    kind: Literal["field", "set", "link"]
+    kind: Literal["field", "set", "link", "queue"]
     goto: str = ""
     values: dict[str, str] = field(default_factory=dict)
     href: str = ""

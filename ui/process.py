@@ -102,6 +102,7 @@ def serve(options: Options) -> int:
     site, server = _open(options, listening, stop)
     if not asked and server.start():
         say(f"Signalbox is open on {options.url}")
+        site.engine.tend_queue()
         if options.browser:
             _open_browser(options.url)
         stop.wait()

@@ -32,3 +32,14 @@ def no_run(request: Request) -> Response:
     """404 in words."""
     name = request.path_params["run_id"][:80]
     return json_reply({"error": f"There is no run '{name}'. It may have been deleted; see Runs."}, 404)
+
+
+async def json_body(request: Request) -> dict[str, Any]:
+    """The JSON object a request carries; Refusal for anything else."""
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise Refusal("The request is not a JSON object.")
+    return body

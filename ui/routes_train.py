@@ -37,6 +37,7 @@ def routes(site: Site) -> list[Route]:
         "save": ("save_config", lambda caller, body: train_do.save(site, caller, body)),
         "restore": ("save_config", lambda caller, body: train_do.restore(site, caller, body)),
         "start": ("start", lambda caller, body: train_do.start(site, caller)),
+        "queue": ("queue", lambda caller, body: train_do.enqueue(site, caller)),
         "smoke": ("smoke", lambda caller, body: train_do.smoke(site, caller)),
         "smoke-stop": ("smoke", lambda caller, body: train_do.smoke_stop(site)),
         "try": ("start", lambda caller, body: train_try.try_it(site, caller)),

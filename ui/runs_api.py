@@ -25,7 +25,8 @@ from trainer.run import RunDir, status
 from trainer.run_delete import delete_run, disk_bytes, name_to_type
 from trainer.states import allowed
 from ui.guard import Caller, caller_of, guarded
-from ui.replies import find_run, json_reply, no_run
+from ui.queue_api import queue_state
+from ui.replies import find_run, json_body, json_reply, no_run
 from ui.run_rows import rows_of_step, text_of_row
 from ui.site import Site
 
@@ -60,10 +61,11 @@ class RunsApi:
         """`GET api/runs?h=H`: one object a run, newest first; without them when `H` says that they are known."""
         caller = caller_of(request)
         rows = await run_in_threadpool(lambda: [self._row(run) for run in self._site.workspace.list_runs()])
-        may = {action: caller.may(action) for action in ("delete", "resume", "note")}
-        mark = hashlib.blake2s(json.dumps([rows, may]).encode(), digest_size=6).hexdigest()
+        may = {action: caller.may(action) for action in ("delete", "resume", "note", "queue")}
+        answer = {"runs": rows, "may": may, "queue": await run_in_threadpool(queue_state, self._site)}
+        mark = hashlib.blake2s(json.dumps(answer).encode(), digest_size=6).hexdigest()
         known = request.query_params.get("h") == mark
-        return json_reply({"h": mark} if known else {"h": mark, "runs": rows, "may": may})
+        return json_reply({"h": mark} if known else {"h": mark} | answer)
 
     def _row(self, run: RunDir) -> dict[str, Any]:
         held = locks.is_held(run.lock)
@@ -99,7 +101,7 @@ class RunsApi:
         run = find_run(self._site.workspace, request)
         if run is None:
             return no_run(request)
-        step = (await _body(request)).get("step")
+        step = (await json_body(request)).get("step")
         folder = dict(checkpoint.listed(run.checkpoints)).get(step) if type(step) is int else None
         if folder is None:
             raise Refusal("There is no checkpoint of that step.")
@@ -126,7 +128,7 @@ class RunsApi:
         run = find_run(self._site.workspace, request)
         if run is None:
             return no_run(request)
-        change = await _body(request)
+        change = await json_body(request)
         return json_reply(await run_in_threadpool(self._note, run, change))
 
     def _note(self, run: RunDir, change: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +153,11 @@ class RunsApi:
         run = find_run(self._site.workspace, request)
         if run is None:
             return no_run(request)
-        typed = (await _body(request)).get("name")
+        typed = (await json_body(request)).get("name")
         if not isinstance(typed, str):
             raise Refusal("Type the run's name to delete it.")
         freed_bytes = await run_in_threadpool(delete_run, run, typed)
+        await run_in_threadpool(self._site.workspace.queue.remove, run.run_id)
         with self._lock:
             self._rows.pop(run.run_id, None)
         return json_reply({"freed_bytes": freed_bytes})
@@ -166,16 +169,6 @@ def _whole(request: Request, name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise Refusal(f"{name} must be a whole number.")
     return int(text)
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    try:
-        body = await request.json()
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise Refusal("The request is not a JSON object.")
-    return body
 
 
 def _describe(run: RunDir) -> dict[str, Any]:

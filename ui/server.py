@@ -23,6 +23,7 @@ from starlette.routing import Route
 import ui.data_api
 import ui.feed
 import ui.models_api
+import ui.queue_api
 import ui.routes
 import ui.routes_train
 from ui.guard import MAX_BODY_BYTES, Guard, Rules, caller_of
@@ -56,7 +57,7 @@ def build_pages(site: Site) -> gr.Blocks:
 
 def our_routes(site: Site) -> list[Route]:
     """Every route that is not Gradio's, in the order they are tried."""
-    parts = (ui.routes, ui.feed, ui.routes_train, ui.data_api, ui.models_api)
+    parts = (ui.routes, ui.feed, ui.routes_train, ui.queue_api, ui.data_api, ui.models_api)
     return [route for part in parts for route in part.routes(site)]
 
 

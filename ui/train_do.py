@@ -55,6 +55,15 @@ def start(site: Site, caller: Caller) -> dict[str, Any]:
     return {"go": f"live?run={run_id}", "run_id": run_id}
 
 
+def enqueue(site: Site, caller: Caller) -> dict[str, Any]:
+    """Put a run of the form's settings at the end of the queue. Refusal where the gate has a line that would block it then."""
+    draft, _, config = _ready(site, caller, waits=True)
+    run_id = site.engine.enqueue_new(config, owner=caller.role, name=draft.name, why=draft.why)
+    site.drafts.change(caller.session, lambda draft: replace(draft, name="", why=""))
+    place = len(site.workspace.queue.read().entries)
+    return {"said": f"In the queue, place {place}. It starts by itself.", "run_id": run_id}
+
+
 def smoke(site: Site, caller: Caller) -> dict[str, Any]:
     """Start a smoke test of the form's settings; its report shows up in the gate."""
     _, _, config = _ready(site, caller)
@@ -72,12 +81,15 @@ def smoke_stop(site: Site) -> dict[str, Any]:
     return {"said": "Stopping the smoke test at its next check."}
 
 
-def _ready(site: Site, caller: Caller) -> tuple[Draft, FormState, Config]:
-    """The form when nothing blocks; the same lines as on the page decide, so that page and server never differ."""
+def _ready(site: Site, caller: Caller, waits: bool = False) -> tuple[Draft, FormState, Config]:
+    """The form when nothing blocks; the same lines as on the page decide, so that page and server never differ.
+
+    What `waits` is not blocked by the run that has the device now.
+    """
     draft = site.drafts.read(caller.session)
     state = form_state(site.workspace, site.config_path, draft)
     lines = gate_lines(state.config, problem_list(state), gather(site, state, draft))
-    stops = blocking(lines)
+    stops = [line for line in blocking(lines) if not (waits and line.code == "busy")]
     if stops or state.config is None:
         text = stops[0].text if stops else "the settings cannot go together."
         key = stops[0].fields[0] if stops and stops[0].fields else None

@@ -91,8 +91,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     _announce(around, config, tokens, plan)
     leave_if_asked(around)
     around.events.append("phase", name="load")
-    if found is not None:
-        _same_model(around, config)
+    _same_model(around, config)
     converted = make_private_dir(around.tokens_root.parent / "converted")
     folder = prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say)
     around.team.tell(
@@ -141,8 +140,8 @@ def _same_model(around: Surroundings, config: Config) -> None:
     now = fingerprint(Path(config.model_path))
     if now != started_with:
         raise Refusal(
-            f"Cannot resume: the model folder {Path(config.model_path).name} changed since the run was started "
-            f"({started_with}, now {now}). Put it back, or start a new run from this checkpoint's model.",
+            f"Cannot go on: the model folder {Path(config.model_path).name} changed since the run was made "
+            f"({started_with}, now {now}). Put it back, or make a new run.",
             "model_path",
         )
 

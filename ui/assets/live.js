@@ -64,12 +64,13 @@
       else this.showIdle(state);
     }
 
-    showIdle({ machine, last, advice }) {
+    showIdle({ machine, last, advice, next }) {
       const parts = [`Idle · ${machine}`];
       if (last) {
         const ended = last.ended_at ? ` ${signalbox.clock(last.ended_at)}` : "";
         parts.push(" · ", el("a", { href: runAddress(last.run_id) }, `Last: ${last.state}${ended} ▸`));
       }
+      if (next) parts.push(" · ", el("a", { href: "runs" }, `Next in the queue: ${next.name}${next.held ? " (held)" : ""} ▸`));
       if (advice) parts.push(el("span.sb-tone-warn", ` ${advice}`));
       this.idleText.replaceChildren(...parts);
     }

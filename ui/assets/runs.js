@@ -36,6 +36,7 @@
       this.runs = [];
       this.may = {};
       this.mark = "";
+      this.waiting = [];
       this.group = "All";
       this.order = { by: BY_TIME, down: true };
       this.build();
@@ -69,7 +70,8 @@
       const which = el("div.sb-runs-groups", { role: "group", "aria-label": "Which runs" }, nodes);
       const head = el("div.sb-runs-head", el("h1.sb-title", "Runs"), el("div.sb-runs-tools", this.search, which));
       const panel = el("section.sb-panel.sb-runs-panel", this.table, this.said);
-      this.root.replaceChildren(el("div.sb-runs", head, panel, this.dialog));
+      this.queue = new signalbox.QueuePanel(() => this.poller.soon());
+      this.root.replaceChildren(el("div.sb-runs", head, this.queue.root, panel, this.dialog));
     }
 
     onAnswer(answer) {
@@ -78,6 +80,8 @@
       if (answer.runs) {
         this.runs = answer.runs;
         this.may = answer.may;
+        this.waiting = answer.queue.order;
+        this.queue.show(answer.queue, new Map(answer.runs.map((run) => [run.run_id, run])), answer.may.queue);
       }
       // an unchanged list is left alone, so that a click never meets a row that was just replaced; ages are told anew
       if (answer.runs || Date.now() - this.shownAt > AGES_MS) this.show();
@@ -140,7 +144,7 @@
       const of = run.total && run.total !== run.step ? ` / ${n.count(run.total)}` : "";
       const began = run.began && new Date(run.began * 1000).toISOString();
       const cells = [
-        [chip(run.state)],
+        [chip(run.state, this.word(run))],
         [el("a", { href: board(run), data: { key: `open ${run.run_id}` } }, title(run)), help(run.why), help(run.cause)],
         [run.model || "–", help(made)],
         [`${n.count(run.step)}${of}`],
@@ -156,6 +160,11 @@
       }));
     }
 
+    /** A run that was made and never begun is queued only while it stands in the queue. */
+    word(run) {
+      return run.state === "queued" && !this.waiting.includes(run.run_id) ? "not started" : run.state;
+    }
+
     actions(run) {
       const act = (word, key, onclick) => {
         const settings = { class: "sb-button sb-small", data: { key: `${key} ${run.run_id}` } };
@@ -163,7 +172,12 @@
       };
       const canResume = this.may.resume && run.allowed.includes("resume") && run.saved_step !== null;
       const canDelete = this.may.delete && run.to_type && !LIVE.includes(run.state);
+      const canWait = run.state === "queued" || (run.allowed.includes("resume") && run.saved_step !== null);
+      // where nothing is in its way a run is simply resumed
+      const hasToWait = this.waiting.length > 0 || run.state === "queued" || this.runs.some((r) => LIVE.includes(r.state));
+      const canQueue = this.may.queue && canWait && hasToWait && !this.waiting.includes(run.run_id);
       return el("span.sb-runs-actions",
+        canQueue && act("Add to queue", "queue", () => this.queue.act({ act: "add", run_id: run.run_id })),
         canResume && act("Resume", "resume", () => this.resume(run)),
         this.may.note && run.to_type && act("Name …", "name", () => this.rename(run)),
         canDelete && act("Delete …", "delete", () => this.confirm(run)));

@@ -212,6 +212,7 @@
       "#train-revert": () => act({ act: "revert" }),
       "#train-smoke, #bottom-smoke": () => go(page.state?.smoke_running ? "api/train/smoke-stop" : "api/train/smoke"),
       "#train-start, #bottom-start": () => go("api/train/start"),
+      "[data-queue]": () => go("api/train/queue"),
       "#bottom-gate": () => by("gate").scrollIntoView(),
       "#train-try": tryIt,
       "#train-show-form": () => {

@@ -9,7 +9,7 @@ from ui.routes import asset_url
 from ui.site import Site
 
 # in this order: each file uses what the ones before it put on window.signalbox
-SCRIPTS = ("elements.js", "poller.js", "runs.js")
+SCRIPTS = ("elements.js", "poller.js", "queue.js", "runs.js")
 
 
 def runs_list() -> gr.HTML:

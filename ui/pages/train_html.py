@@ -82,6 +82,8 @@ def _action(action: Action) -> str:
         return (
             f'<button type="button" class="sb-button sb-small" data-goto="{html.escape(action.goto)}">{label}</button>'
         )
+    if action.kind == "queue":
+        return f'<button type="button" class="sb-button sb-small" data-queue>{label}</button>'
     values = html.escape(json.dumps({"act": "set", "values": action.values}))
     return f'<button type="button" class="sb-button sb-small" data-act="{values}">{label}</button>'
 
