@@ -21,7 +21,7 @@ from trainer.loop.save import snapshot
 from trainer.loop.schedule import learning_rate
 from trainer.loop.step import StepRecord
 from trainer.loop.team import Order, Word
-from trainer.metrics import MetricsWriter
+from trainer.metrics import MetricsWriter, read_metrics
 from trainer.models.activations import recompute
 from trainer.refusal import Refusal
 from trainer.schema import Config
@@ -48,7 +48,9 @@ class Training:
         self.progress = ready.progress
         self.saved_step = ready.saved_step
         self.waiting: deque[StepRecord] = deque()
-        self.recent: deque[float] = deque(maxlen=50)
+        # what a spike is measured against: with the steps of earlier lives, so that a resume marks what it would have
+        past = read_metrics(around.run.metrics)
+        self.recent: deque[float] = deque(past["loss"][past["step"] <= ready.progress.step].tolist(), maxlen=50)
         self.last_arrival = time.perf_counter()
         self.diverged_at: int | None = None
         self.disk_checked = 0.0
@@ -67,8 +69,9 @@ class Training:
         self.metrics = MetricsWriter(around.run.metrics, around.run.rows, around.life)
         around.events.append("running", step=self.progress.step)
         try:
-            if self.progress.step == 0:
-                self._check_held_out()
+            # before the first step, and after a resume where a stop cut the check short
+            if self._check_due() and self.progress.measured_step != self.progress.step and self._checked_enough():
+                return self._without_better()
             around.events.append("phase", name="train")
             self.last_arrival = time.perf_counter()
             while self.progress.step < plan.total_steps:
@@ -227,16 +230,10 @@ class Training:
     def _after_step(self) -> Outcome | None:
         step, config = self.progress.step, self.config
         last = step == self.plan.total_steps
-        epoch_end = step in self.plan.epoch_ends
-        strategy = config.eval.eval_strategy
-        due = strategy == "epoch" and epoch_end or strategy == "steps" and step % config.eval.eval_steps == 0
-        if self.ready.held_out_groups and (due or last):
+        if self._check_due():
             self._arrivals(0)
-            if self._check_held_out() and self._patience_gone():
-                return self._ended(
-                    "finished",
-                    cause=f"no better held-out loss in {self.progress.checks_without_better} checks",
-                )
+            if self._checked_enough():
+                return self._without_better()
         if self.sampler and step % config.eval.sample_steps == 0:
             self._arrivals(0)
             sampler = self.sampler
@@ -258,9 +255,26 @@ class Training:
         self.last_arrival = time.perf_counter()
         return result
 
+    def _check_due(self) -> bool:
+        """Whether held-out loss is measured at the step reached: before the first, where the settings say, at the end."""
+        step, settings = self.progress.step, self.config.eval
+        if not self.ready.held_out_groups:
+            return False
+        if step in (0, self.plan.total_steps):
+            return True
+        return step in self.plan.epoch_ends if settings.eval_strategy == "epoch" else step % settings.eval_steps == 0
+
+    def _checked_enough(self) -> bool:
+        """Measure held-out loss; True when that was the last check that early stopping waits for."""
+        patience = self.config.hyperparams.early_stopping_patience
+        return self._check_held_out() and bool(patience) and self.progress.checks_without_better >= patience
+
+    def _without_better(self) -> Outcome:
+        return self._ended("finished", cause=f"no better held-out loss in {self.progress.checks_without_better} checks")
+
     def _check_held_out(self) -> bool:
         """Measure held-out loss; True when it was measured (and not left for a stop)."""
-        if not self.ready.held_out_groups or self.diverged_at is not None:
+        if self.diverged_at is not None:
             return False
         self.around.team.order(Order(Word.HELD_OUT))
         loss = self._aside(
@@ -290,18 +304,14 @@ class Training:
             self._save()  # the best weights must exist when the run stops for want of better ones
         return True
 
-    def _patience_gone(self) -> bool:
-        patience = self.config.hyperparams.early_stopping_patience
-        return bool(patience) and self.progress.checks_without_better >= patience
-
     def _save(self) -> None:
         """Copy the state off the device and let it be written; training goes on meanwhile."""
         progress = self.progress
-        if progress.step == self.saved_step:
-            return
         loss = progress.measured_loss if progress.measured_step == progress.step else None
         if loss is not None and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
             progress.best_saved_loss, progress.best_saved_step = loss, progress.step
+        if progress.step == self.saved_step:  # also one that was saved first and measured after a resume
+            return
         state = {
             "step": progress.step,
             "progress": dict(vars(progress)),  # a copy: the loop goes on while the files are written
