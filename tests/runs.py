@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int = 60) -> Path:
     return path
 
 
-def settings(model: Path, data: Path, **hyperparams: Any) -> Config:
+def settings(model: Path, data: Path, /, **hyperparams: Any) -> Config:
     """A config for a run of a few small steps; `hyperparams` may hold whole sections too (output=, eval=, lora=)."""
     sections = {
         name: hyperparams.pop(name) for name in ("output", "eval", "lora", "alerts", "profile") if name in hyperparams

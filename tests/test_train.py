@@ -98,56 +98,6 @@ def test_a_lora_run_leaves_an_adapter_that_peft_loads_on_its_base(place, worker)
     assert len(samples) == 6 and all(event["base"] is not None and event["wanted"] for event in samples)
 
 
-SETTINGS = {
-    "full": dict(method="full"),
-    "full, accumulation that does not divide the epoch, two epochs": dict(
-        method="full", gradient_accumulation=3, max_steps=None, num_epochs=1
-    ),
-    "lora with dropout": dict(method="lora", lora={"dropout": 0.1}),
-    "packed with checkpointing": dict(method="full", packing=True, use_gradient_checkpointing=True),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_and_resumed_is_the_unbroken_run_to_the_last_bit(place, worker, name):
-    workspace, model, data = place
-    config = runs.settings(model, data, **SETTINGS[name], eval={"eval_steps": 3})
-    whole = runs.new(workspace, config)
-    assert runs.train(whole, workspace, worker) == "finished"
-    broken = runs.new(workspace, config)
-    assert runs.train(broken, workspace, worker, stop_at=2) == "stopped"
-    at = status(broken).current_step
-    assert 2 <= at < len(curve(whole))
-    assert checkpoint.newest_verified(broken.checkpoints).step == at
-    assert runs.train(broken, workspace, worker, stop_at=at + 1) in ("stopped", "finished")
-    if status(broken).state == "stopped":
-        assert runs.train(broken, workspace, worker) == "finished"
-    assert curve(broken) == curve(whole)
-    assert weights_hash(broken) == weights_hash(whole)
-    assert status(broken).gen >= 2
-
-
-def test_the_curve_is_the_same_while_other_threads_read_and_poll(place, worker):
-    workspace, model, data = place
-    config = runs.settings(model, data, method="lora", lora={"dropout": 0.1})
-    quiet, busy = runs.new(workspace, config), runs.new(workspace, config)
-    runs.train(quiet, workspace, worker)
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.is_set():
-            if busy.events.exists():
-                status(busy)
-            time.sleep(0.005)
-
-    threads = [threading.Thread(target=poll, daemon=True) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    runs.train(busy, workspace, worker)
-    stop.set()
-    assert curve(busy) == curve(quiet) and weights_hash(busy) == weights_hash(quiet)
-
-
 def test_a_stop_is_acknowledged_at_once_and_its_receipt_says_what_is_saved(place, worker):
     workspace, model, data = place
     run = runs.new(workspace, runs.settings(model, data, max_steps=10_000, eval={"eval_strategy": "no"}))
