@@ -166,6 +166,7 @@ def _measure(
     refused: list[str] = []
     notes: Counter[str] = Counter()
     lengths, labels = [], []
+    unanswered = 0
     for start in range(0, len(sample), 128):
         shaped = []
         for index, messages in sample[start : start + 128]:
@@ -178,6 +179,7 @@ def _measure(
                 lengths.append(len(rendered.ids))
                 labels.append(sum(rendered.labels))
                 notes.update(rendered.notes)
+                unanswered += max_length is not None and not any(rendered.labels[:max_length])
             else:
                 refused.append(rendered.message)
     warnings = []
@@ -188,6 +190,10 @@ def _measure(
         {"code": code, "count": count, "message": f"{_NOTES[code]} ({count:,} of {len(sample):,} sampled rows)."}
         for code, count in notes.items()
     ]
+    if unanswered:
+        text = f"No answer begins within {max_length:,} tokens, so the row is left out"
+        text += f" ({unanswered:,} of {len(sample):,} sampled rows)."
+        warnings.append({"code": "answers_cut_away", "count": unanswered, "message": text})
     if not lengths:
         return {"lengths": None, "label_share": None, "warnings": warnings}
     return {

@@ -165,9 +165,11 @@ def _tokens(around: Surroundings, config: Config, prompt: Prompt) -> prepare.Tok
     tokens = prepare.all_tokens(config, prompt, roots, around.worker, around.signals.interrupt, progress)
     meta = tokens.cache.meta
     share = 100 * meta["labels"] / max(1, meta["tokens"])
+    unanswered, limit = meta["rows_without_labels"], config.hyperparams.max_length
+    late = f", {unanswered:,} without an answer in the first {limit:,} tokens" if unanswered else ""
     around.say(
         f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; "
-        f"{meta['rows_cut']:,} rows cut, {meta['rows_dropped']:,} dropped, {meta['rows_skipped']:,} unusable."
+        f"{meta['rows_cut']:,} rows cut, {meta['rows_dropped']:,} dropped, {meta['rows_skipped']:,} unusable{late}."
     )
     if meta.get("template_note"):
         around.say(f"Template: {meta['template_note']}")
