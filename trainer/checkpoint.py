@@ -1,7 +1,8 @@
 """Checkpoints: a directory with what from_pretrained loads, the optimizer's states and our own, sealed by a manifest.
 
 Written beside its final name, every file fsynced, MANIFEST.json last, then renamed: a reader sees a whole checkpoint or none.
-Reading and verifying need no torch.
+Where a step is saved again, the old one steps aside by a rename and goes when the new one is safe; the trainer that opens a
+run after a kill in between puts it back. Readers change nothing. Reading and verifying need no torch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from trainer.refusal import Refusal
 
 MANIFEST, STATE, OPTIMIZER, MODEL = "MANIFEST.json", "state.json", "optimizer.safetensors", "model"
 FORMAT = 1
+STEP, STAGING, REPLACED, REMOVED = "step_", ".staging_", ".replaced_", ".removed_"
 
 
 def directory_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of `step` stands."""
-    return checkpoints / f"step_{step:08d}"
+    return checkpoints / f"{STEP}{step:08d}"
 
 
 def _sha256(path: Path) -> str:
@@ -49,40 +51,104 @@ def seal(staging: Path, step: int) -> int:
     for folder in [path for path in staging.rglob("*") if path.is_dir()]:
         fsync_dir(folder)
     write_json(staging / MANIFEST, {"format": FORMAT, "step": step, "files": entries})
-    final = directory_of(staging.parent, step)
-    if final.exists():  # the same step saved again after a rewind or resume: the new one takes its place
-        remove(final)
-    os.rename(staging, final)
-    fsync_dir(staging.parent)
+    _into_place(staging, directory_of(staging.parent, step))
     return total
 
 
+def _into_place(staging: Path, final: Path) -> None:
+    """Rename `staging` to `final`; one that stands there (the step was saved before) is whole on the disk until that is done."""
+    aside = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        if aside.exists():  # of a save that was killed after its own was in place
+            shutil.rmtree(aside)
+        os.rename(final, aside)
+        fsync_dir(final.parent)
+    try:
+        os.rename(staging, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
+    fsync_dir(final.parent)
+    # the new one is safe; what cannot be removed now is hidden and swept by the next save
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(checkpoints: Path) -> list[str]:
+    """Give checkpoints that stepped aside for one that never came their names back; returns these names.
+
+    For the trainer that holds the run's lock, before it looks for what to resume from. Raises OSError.
+    """
+    back = []
+    for name in _names(checkpoints, REPLACED + STEP):
+        final = checkpoints / name.removeprefix(REPLACED)
+        if not final.exists():
+            os.rename(checkpoints / name, final)
+            back.append(final.name)
+    if back:
+        fsync_dir(checkpoints)
+    return back
+
+
 def new_staging(checkpoints: Path, step: int) -> Path:
-    """An empty directory to write the checkpoint of `step` into; what a killed save left there is swept away."""
+    """An empty directory to write the checkpoint of `step` into; what a killed save or removal left is swept away."""
     make_private_dir(checkpoints)
-    for left in checkpoints.glob(".staging_*"):
-        shutil.rmtree(left)
-    return make_private_dir(checkpoints / f".staging_{step:08d}")
+    put_back(checkpoints)
+    for left in [name for hidden in (STAGING, REPLACED, REMOVED) for name in _names(checkpoints, hidden)]:
+        shutil.rmtree(checkpoints / left)
+    return make_private_dir(checkpoints / f"{STAGING}{step:08d}")
+
+
+def _names(folder: Path, prefix: str) -> list[str]:
+    """Entries of `folder` that begin with `prefix`, in order; a folder that is not there has none, other OSErrors are raised."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name.startswith(prefix))
+    except FileNotFoundError:
+        return []
+
+
+def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """{file: {"bytes", "sha256"}} as sealed. Raises Refusal in words when it is missing, unreadable or no manifest of ours."""
+    try:
+        files = dict(read_json(directory / MANIFEST)["files"])
+    except FileNotFoundError:
+        raise Refusal(f"{MANIFEST} is missing: the save was cut off") from None
+    except OSError as error:
+        raise Refusal(f"{MANIFEST} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise Refusal(f"{MANIFEST} is damaged") from None
+    if not {STATE, OPTIMIZER} <= files.keys() or not all(isinstance(entry, dict) for entry in files.values()):
+        raise Refusal(f"{MANIFEST} is damaged")
+    return files
 
 
 def verify(directory: Path) -> list[str]:
     """What is wrong with a checkpoint, in words; an empty list means every byte is as it was written."""
+    return _problems(directory, read_contents=True)
+
+
+def looks_whole(directory: Path) -> bool:
+    """Whether a checkpoint is sealed and all its files have their sizes: what can be told without reading them."""
+    return not _problems(directory, read_contents=False)
+
+
+def _problems(directory: Path, *, read_contents: bool) -> list[str]:
     try:
-        manifest = read_json(directory / MANIFEST)
-        files = dict(manifest["files"])
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing: the save was cut off"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{MANIFEST} is damaged"]
+        files = _manifest(directory)
+    except Refusal as refusal:
+        return [refusal.message]
     problems = []
     for name, entry in files.items():
         path = directory / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry.get("bytes"):
-            problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}")
-        elif _sha256(path) != entry.get("sha256"):
-            problems.append(f"{name} is damaged: its checksum differs")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != entry.get("bytes"):
+                problems.append(f"{name} has {path.stat().st_size} bytes instead of {entry.get('bytes')}")
+            elif read_contents and _sha256(path) != entry.get("sha256"):
+                problems.append(f"{name} is damaged: its checksum differs")
+        except OSError as error:  # a bad sector is damage too: the one before it may be whole
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems
 
 
@@ -94,12 +160,17 @@ class Found:
     step: int
     passed_over: tuple[tuple[str, str], ...]
 
+    @property
+    def damaged_steps(self) -> frozenset[int]:
+        """The steps passed over."""
+        return frozenset(int(name.removeprefix(STEP)) for name, _ in self.passed_over)
+
 
 def listed(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every checkpoint, newest first, verified or not."""
+    """(step, directory) of every checkpoint, newest first, verified or not. Raises OSError for a folder that is closed to us."""
     found = []
-    for path in checkpoints.glob("step_*"):
-        digits = path.name.removeprefix("step_")
+    for name in _names(checkpoints, STEP):
+        path, digits = checkpoints / name, name.removeprefix(STEP)
         if digits.isdigit() and path.is_dir() and not path.is_symlink():
             found.append((int(digits), path))
     return sorted(found, reverse=True)
@@ -132,19 +203,26 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def remove(directory: Path) -> None:
-    """Take a checkpoint away: out of sight by one rename first, so that a kill never leaves half of one in place."""
-    grave = directory.with_name(f".removed_{directory.name}")
+    """Take a checkpoint away: out of sight by one rename first, so that neither a kill nor power loss leaves half in place."""
+    grave = directory.with_name(f"{REMOVED}{directory.name}")
     if grave.exists():
         shutil.rmtree(grave)
     os.rename(directory, grave)
+    fsync_dir(directory.parent)
     shutil.rmtree(grave)
 
 
-def prune(checkpoints: Path, keep: int, pinned: set[int]) -> list[int]:
-    """Keep the newest `keep` and the `pinned` steps (best, current); returns the steps removed."""
-    gone = []
-    for step, path in listed(checkpoints)[keep:]:
-        if step not in pinned:
+def prune(checkpoints: Path, keep: int, pinned: set[int], damaged: frozenset[int] = frozenset()) -> list[int]:
+    """Keep the newest `keep` good ones and the `pinned` steps (best, current); returns the steps removed.
+
+    One that is known to be `damaged`, is not sealed or misses bytes counts for nothing: it never pushes a good one out. It
+    goes with the good ones of its age. Raises OSError; what was removed until then is gone, the rest is whole.
+    """
+    gone, good = [], 0
+    for step, path in listed(checkpoints):
+        if good < keep:
+            good += step not in damaged and looks_whole(path)
+        elif step not in pinned:
             remove(path)
             gone.append(step)
     return gone

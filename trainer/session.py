@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -155,8 +156,7 @@ def _run(
     snapshot = life.run.snapshot()
     config = Config.model_validate(snapshot["config"])
     prompt = Prompt(snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"])
-    # a run cut off before its first save has nothing to go back to and starts over; damaged checkpoints refuse
-    found = checkpoint.newest_verified(life.run.checkpoints) if checkpoint.listed(life.run.checkpoints) else None
+    found = _where_to_go_on(life.run, say)
     torch.set_num_threads(snapshot["threads"])
     device = pick_device(machine.device)
     around = Surroundings(
@@ -188,6 +188,16 @@ def _run(
     return outcome.kind, {"step": outcome.step, "memory_before_gib": before, **outcome.fields}
 
 
+def _where_to_go_on(run: RunDir, say: Callable[[str], None]) -> checkpoint.Found | None:
+    """The newest checkpoint that verifies; None for a run cut off before its first save, which starts over.
+
+    Raises Refusal where checkpoints are there and none is whole. The run's lock must be held.
+    """
+    for name in checkpoint.put_back(run.checkpoints):
+        say(f"{name} was put back: the save that was to take its place was cut off.")
+    return checkpoint.newest_verified(run.checkpoints) if checkpoint.listed(run.checkpoints) else None
+
+
 def _allocator() -> tuple[float, float]:
     """(allocated, reserved) GiB of torch's allocator on the GPU; zeros until torch is there."""
     torch = sys.modules.get("torch")
@@ -216,6 +226,11 @@ def _cause(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0][:300]
     if type(error).__name__ == "OutOfMemoryError":
         return f"Out of memory while loading or preparing: {first} Lower the micro-batch or the maximum length, or use LoRA."
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that was closed to us, a bad sector
+        where = f" ({Path(os.fsdecode(error.filename)).name})" if error.filename else ""
+        return (
+            f"The disk refused: {error.strerror}{where}. Checkpoints saved before are safe; resume when that is mended."
+        )
     return f"{type(error).__name__}: {first}"
 
 

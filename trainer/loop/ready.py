@@ -127,6 +127,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         model.tokenizer,
         model.loaded.base_path,
         config.output.save_total_limit,
+        found.damaged_steps if found else frozenset(),
     )
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None

@@ -74,6 +74,7 @@ class Saver:
         tokenizer: PreTrainedTokenizerBase,
         base_path: Path,
         keep: int,
+        damaged: frozenset[int] = frozenset(),
     ) -> None:
         self._checkpoints = checkpoints
         self._events = events
@@ -81,6 +82,7 @@ class Saver:
         self._tokenizer = tokenizer
         self._base_path = base_path
         self._keep = keep
+        self._damaged = damaged  # steps that the resume passed over: they count for nothing among those kept
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self.last_seconds: float | None = None
@@ -126,7 +128,6 @@ class Saver:
             self._events.append(
                 "checkpoint", step=shot.step, bytes=size, seconds=round(self.last_seconds, 3), best=best
             )
-            checkpoint.prune(self._checkpoints, self._keep, pinned | {shot.step})
         except OSError as error:
             self._error = error
             self._events.append(
@@ -140,6 +141,20 @@ class Saver:
             self._events.append(
                 "alert", code="save", step=shot.step, text=f"Saving step {shot.step} went wrong: {error}"
             )
+        else:
+            self._prune(shot.step, pinned)
+
+    def _prune(self, step: int, pinned: set[int]) -> None:
+        """Remove old checkpoints; what stands in the way of that is said and never costs the run or the one just saved."""
+        self._damaged -= {step}
+        try:
+            checkpoint.prune(self._checkpoints, self._keep, pinned | {step}, self._damaged)
+        except OSError as error:
+            why = error.strerror or str(error)
+            text = (
+                f"An old checkpoint could not be removed: {why}. Step {step} is saved; more disk is taken than wished."
+            )
+            self._events.append("alert", code="prune", step=step, text=text)
 
     def _write_model(self, target: Path, weights: dict[str, torch.Tensor]) -> None:
         target.mkdir()
