@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -16,25 +15,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.exact import SIZES, VOCABULARY, build, reference, relative_difference
 from tests.memory_rows import random_rows
 from trainer.data.loader import assemble
 from trainer.loop.forward import choose_path, losses
 from trainer.models import attention
-from trainer.models.load import Loaded
 
-VOCABULARY = 211
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "qwen3 tied": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
@@ -55,45 +41,6 @@ FAMILIES = {
         embd_pdrop=0,
     ),
 }
-
-
-def build(config) -> Loaded:
-    torch.manual_seed(0)
-    function = attention.register("sdpa")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    for parameter in model.parameters():  # larger than fresh weights, so that caps and windows matter
-        if parameter.dim() > 1:
-            parameter.data.mul_(2)
-    return Loaded(model, function, None)
-
-
-def reference(model, cache, rows) -> tuple[float, dict[str, torch.Tensor]]:
-    """Sum of label losses over label count from plain transformers: one row at a time, labels= and its own attention."""
-    model.set_attn_implementation("eager")
-    model.zero_grad()
-    labels_of = []
-    total = 0.0
-    count = sum(int(cache.labels(r)[1:].sum()) for r in rows)
-    for row in rows:
-        ids = torch.tensor(cache.ids(row).astype(np.int64))[None]
-        labels = torch.where(torch.tensor(cache.labels(row).astype(bool))[None], ids, -100)
-        labels[0, 0] = -100
-        mine = int((labels != -100).sum())
-        loss = model(input_ids=ids, labels=labels).loss * mine / count
-        loss.backward()
-        total += float(loss.detach())
-        labels_of.append(mine)
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model.set_attn_implementation(attention.NAME)
-    return total, gradients
-
-
-def relative_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    assert mine.keys() == theirs.keys()
-    difference = sum(float((mine[n].double() - theirs[n].double()).pow(2).sum()) for n in mine)
-    size = sum(float(theirs[n].double().pow(2).sum()) for n in theirs)
-    return (difference / size) ** 0.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -287,6 +287,8 @@ def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -
     called = set(loaded.attention.calls)
     if choice.path.way == "one row at a time":
         say("Flash Attention: not used, one row at a time through the model's own attention.")
+    elif not called:
+        say("Flash Attention: not used; the model's own attention, inside each row.")
     elif called <= {"sdpa per document"}:
         reason = "no GPU" if not probe.ids.is_cuda else "this GPU, this torch or this precision has none"
         say(f"Flash Attention: not available ({reason}); exact attention inside each row instead.")

@@ -275,7 +275,7 @@ def attention_called(report: Report, model: Model) -> None:
     """Which attention kernel was really called, counted at the call."""
     calls = {kernel: count for kernel, count in model.loaded.attention.calls.items() if kernel != "sdpa"}
     if not calls:
-        report.add("attention", "pass", "Attention: the model's own, one row at a time.")
+        report.add("attention", "pass", "Attention: the model's own; no row sees another.")
         return
     kernel = max(calls, key=lambda name: calls[name])
     report.add(

@@ -48,14 +48,17 @@ class DocumentAttention:
         sliding_window: int | None = None,
         softcap: float | None = None,
         documents: Documents | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query (1, H, T, D), key and value (1, H or fewer, T, D) -> (1, T, H, D)."""
+        """query (1, H, T, D), key and value (1, H or fewer, T, D), s_aux (H,): attention sinks -> (1, T, H, D)."""
+        sinks = s_aux
         if documents is None:  # generation and single rows: one sequence with a cache, transformers' own path
             self._count("sdpa")
-            if softcap is not None:
+            if softcap is not None or sinks is not None:
                 scaled = scaling if scaling is not None else query.shape[-1] ** -0.5
-                return _capped(query, key, value, dropout, scaled, sliding_window, softcap).transpose(1, 2), None
+                out = _by_hand(query, key, value, dropout, scaled, sliding_window, softcap, sinks)
+                return out.transpose(1, 2), None
             return sdpa_attention_forward(
                 module,
                 query,
@@ -66,20 +69,18 @@ class DocumentAttention:
                 scaling=scaling,
                 **kwargs,
             )
-        if kwargs.get("s_aux") is not None:
-            raise NotImplementedError("attention sinks")
         scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         if torch.is_autocast_enabled(query.device.type):
             # rotary embeddings give float32 while the values are half: one format, or no fast kernel takes them
             format_ = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(format_), key.to(format_), value.to(format_)
         half = query.dtype in (torch.bfloat16, torch.float16)
-        if self.kernel != "sdpa" and half and softcap is None and dropout == 0.0:
+        if self.kernel != "sdpa" and half and softcap is None and sinks is None and dropout == 0.0:
             self._count(self.kernel)
             function = _varlen if self.kernel == "varlen" else _flash
             return function(query, key, value, documents, scaling, sliding_window), None
         self._count("sdpa per document")
-        return _each_document(query, key, value, documents, dropout, scaling, sliding_window, softcap), None
+        return _each_document(query, key, value, documents, dropout, scaling, sliding_window, softcap, sinks), None
 
     def _count(self, kernel: str) -> None:
         if not torch.compiler.is_compiling():  # a changing number in the graph would compile it again at every call
@@ -150,14 +151,15 @@ def _each_document(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact everywhere: plain causal attention, one document after the other."""
     parts = []
     grouped = query.shape[1] != key.shape[1]
     for start, end in zip(documents.borders, documents.borders[1:], strict=False):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-        if softcap is not None:
-            parts.append(_capped(q, k, v, dropout, scaling, window, softcap))
+        if softcap is not None or sinks is not None:
+            parts.append(_by_hand(q, k, v, dropout, scaling, window, softcap, sinks))
             continue
         mask = None if window is None or end - start <= window else _band(end - start, window, query.device)
         parts.append(
@@ -181,24 +183,33 @@ def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
     return ones.tril() & ones.triu(1 - window)
 
 
-def _capped(
+def _by_hand(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     dropout: float,
     scaling: float,
     window: int | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scores pressed into +-softcap by tanh before the softmax (Gemma 2, arXiv:2408.00118, section 2).
+    """What no fused kernel here does: scores pressed into +-softcap by tanh before the softmax (Gemma 2,
+    arXiv:2408.00118, section 2), or a learnt score of each head that takes its share and gives no value (sinks, gpt-oss).
 
-    q (1, H, Q, D), k and v (1, H or fewer, K, D) with K >= Q: the queries are the last of the sequence. -> (1, H, Q, D)
+    q (1, H, Q, D), k and v (1, H or fewer, K, D) with K >= Q: the queries are the last of the sequence; sinks (H,).
+    -> (1, H, Q, D)
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh(q @ k.transpose(2, 3) * scaling / softcap) * softcap  # (1, H, Q, K)
+    scores = q @ k.transpose(2, 3) * scaling  # (1, H, Q, K)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     seen = _band(k.shape[2], window or k.shape[2], q.device)[-q.shape[2] :]
-    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1, dtype=torch.float32).to(q.dtype)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
     return F.dropout(weights, dropout) @ v
 
 

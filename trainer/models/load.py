@@ -46,19 +46,13 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     transformers_logging.disable_progress_bar()
     extra: dict[str, Any] = {"quantization_config": _four_bits()} if quantise else {}
     try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        _forget_kernels(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=attention.NAME,
-            output_loading_info=True,
-            **extra,
-        )
+        try:
+            loaded = _from_files(base, dtype, attention.NAME, extra)
+        except KeyError as error:
+            if error.args != (attention.NAME,):
+                raise
+            # older families (Falcon, GPT-J, GPT-Neo) choose among attentions of their own: one row at a time then
+            loaded = _from_files(base, dtype, "eager", extra)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise Refusal(
@@ -76,6 +70,23 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
         model = model.to(device)
     _refuse_non_finite(model)
     return Loaded(model, function, base)
+
+
+def _from_files(base: Path, dtype: torch.dtype, attention_name: str, extra: dict[str, Any]) -> Any:
+    """(model, loading report) from the files alone."""
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    _forget_kernels(config)
+    return AutoModelForCausalLM.from_pretrained(
+        base,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attention_name,
+        output_loading_info=True,
+        **extra,
+    )
 
 
 def _refuse_non_finite(model: PreTrainedModel) -> None:
