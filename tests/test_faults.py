@@ -7,7 +7,7 @@ import errno
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, Lfm2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, Lfm2Config
 
 from tests import runs
 from tests.memory_rows import random_rows
@@ -188,14 +188,3 @@ def test_a_fraction_of_an_epoch_is_shown_as_one(place, worker):
     run = runs.new(workspace, runs.settings(model, data, max_steps=3, eval={"eval_strategy": "no"}))
     runs.train(run, workspace, worker)
     assert status(run).epoch == pytest.approx(3 / 15)
-
-
-def test_router_losses_are_refused_in_words_instead_of_dropped():
-    torch.manual_seed(0)
-    config = MixtralConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
-    attention.register("sdpa")
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).to(dtype)
-        batch = assemble(random_rows(2, 131, seed=4), np.arange(2), "cpu")
-        with pytest.raises(Refusal, match="output_router_logits"):
-            choose_path(model, batch, compute=dtype, autocast=None)

@@ -165,11 +165,11 @@ def test_out_of_memory_goes_down_the_ladder_and_trains_the_same_tokens(place, wo
     runs.train(calm, workspace, worker)
     backward, left = steps.Stepper._backward, [rungs]
 
-    def failing(self, batch, labels):
+    def failing(self, batch, *counts):
         if left[0] and self.optimizer.state and batch.tokens > 0:
             left[0] -= 1
             raise torch.OutOfMemoryError("simulated")
-        return backward(self, batch, labels)
+        return backward(self, batch, *counts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps.Stepper, "_backward", failing)
@@ -185,7 +185,7 @@ def test_a_fault_becomes_a_failed_event_with_its_cause_and_the_next_run_starts(p
     run = runs.new(workspace, runs.settings(model, data))
     original = steps.Stepper._backward
 
-    def broken(self, batch, labels):
+    def broken(self, batch, *counts):
         raise RuntimeError("planted fault")
 
     monkeypatch.setattr(steps.Stepper, "_backward", broken)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.data.loader import MicroBatch
+from trainer.loop import router
 from trainer.loop.loss import Head, label_losses, losses_from_logits
 from trainer.models import attention
 from trainer.refusal import Refusal
@@ -25,12 +26,13 @@ WAYS: tuple[Way, ...] = ("fused", "own head", "one row at a time")
 
 @dataclass(frozen=True)
 class Path:
-    """How losses are computed: which way, with which head, in which format."""
+    """How losses are computed: which way, with which head, in which format, and the weight of router losses if any."""
 
     way: Way
     head: Head | None
     compute: torch.dtype
     autocast: torch.dtype | None
+    router: float | None = None
 
     def context(self, device_type: str) -> AbstractContextManager:
         """Autocast where the weights are wider than the computation."""
@@ -59,32 +61,52 @@ def plain_head(model: PreTrainedModel) -> Head | None:
     return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
 
 
+@dataclass(frozen=True)
+class Found:
+    """What one pass gives: the loss of each label (N,) in nats, and of each row its router loss (rows,), both float32."""
+
+    labels: torch.Tensor
+    router: torch.Tensor | None
+
+
 def losses(model: PreTrainedModel, batch: MicroBatch, path: Path) -> torch.Tensor:
-    """Loss of each label of the micro-batch, (N,) float32 in nats, in the order of `batch.targets`."""
+    """Loss of each label of the micro-batch, (N,) float32 in nats, in the order of `batch.targets`; no router loss."""
+    return forward(model, batch, replace(path, router=None)).labels
+
+
+def forward(model: PreTrainedModel, batch: MicroBatch, path: Path) -> Found:
+    """One pass over the micro-batch: label losses in the order of `batch.targets`, router losses where `path` asks."""
+    asked = {"output_router_logits": True} if path.router is not None else {}
     with path.context(batch.ids.device.type):
+        if path.way == "one row at a time":
+            return _row_by_row(model, batch, asked)
+        whole = dict(
+            input_ids=batch.ids, position_ids=batch.positions, documents=batch.documents, use_cache=False, **asked
+        )
         if path.way == "fused":
             assert path.head is not None
-            hidden = model.base_model(
-                input_ids=batch.ids, position_ids=batch.positions, documents=batch.documents, use_cache=False
-            ).last_hidden_state[0]
-            return label_losses(hidden[batch.label_at], path.head, batch.targets, path.compute)
-        if path.way == "own head":
-            logits = model(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                documents=batch.documents,
-                use_cache=False,
-                logits_to_keep=batch.label_at,
-            ).logits[0]
-            return losses_from_logits(logits, batch.targets)
-        parts = []
-        for start, end in zip(batch.documents.borders, batch.documents.borders[1:], strict=False):
-            inside = (batch.label_at >= start) & (batch.label_at < end)
-            row = batch.ids[:, start:end]
-            # a mask of ones makes transformers build its own masks, sliding windows included
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
-            parts.append(losses_from_logits(logits[batch.label_at[inside] - start], batch.targets[inside]))
-        return torch.cat(parts)
+            out = model.base_model(**whole)
+            hidden = out.last_hidden_state[0]
+            found = label_losses(hidden[batch.label_at], path.head, batch.targets, path.compute)
+        else:
+            out = model(**whole, logits_to_keep=batch.label_at)
+            found = losses_from_logits(out.logits[0], batch.targets)
+        if not asked:
+            return Found(found, None)
+        return Found(found, router.of_rows(model, out.router_logits, batch.documents.borders))
+
+
+def _row_by_row(model: PreTrainedModel, batch: MicroBatch, asked: dict[str, bool]) -> Found:
+    parts, routed = [], []
+    for start, end in zip(batch.documents.borders, batch.documents.borders[1:], strict=False):
+        inside = (batch.label_at >= start) & (batch.label_at < end)
+        row = batch.ids[:, start:end]
+        # a mask of ones makes transformers build its own masks, sliding windows included
+        out = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, **asked)
+        parts.append(losses_from_logits(out.logits[0][batch.label_at[inside] - start], batch.targets[inside]))
+        if asked:
+            routed.append(out.aux_loss.float())
+    return Found(torch.cat(parts), torch.stack(routed) if asked else None)
 
 
 def reference_losses(model: PreTrainedModel, batch: MicroBatch) -> list[float]:
@@ -110,13 +132,7 @@ def choose_path(
     model: PreTrainedModel, batch: MicroBatch, *, compute: torch.dtype, autocast: torch.dtype | None
 ) -> Choice:
     """Compare each way with the reference on `batch` (two short rows) in the weights' own format; take the first that agrees."""
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise Refusal(
-            "This model's config.json switches router losses on (output_router_logits), which are not trained here. "
-            "Set it to false to train on the answers alone.",
-            "model_path",
-        )
-    head = plain_head(model)
+    head, weight = plain_head(model), router.coefficient(model)
     dtype = next(model.parameters()).dtype
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     was_training = model.training
@@ -126,7 +142,7 @@ def choose_path(
         with torch.no_grad():
             wanted = reference_losses(model, batch)
             for way in WAYS if head is not None else WAYS[1:]:
-                path = Path(way, head, dtype, None)
+                path = Path(way, head, dtype, None, weight)
                 got = _row_means(model, batch, path)
                 if isinstance(got, str):
                     passed_over.append((way, got))
@@ -137,7 +153,7 @@ def choose_path(
                     continue
                 difference = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(got, wanted, strict=True))
                 if difference <= tolerance:
-                    return Choice(Path(way, head, compute, autocast), tuple(passed_over), difference)
+                    return Choice(Path(way, head, compute, autocast, weight), tuple(passed_over), difference)
                 passed_over.append((way, f"its loss differs by {difference:.1e} from the model's own"))
     finally:
         model.train(was_training)
@@ -159,15 +175,21 @@ def leakage(model: PreTrainedModel, batch: MicroBatch, path: Path) -> float:
     changed = batch.ids.clone()
     changed[:, :border] = batch.ids[:, :border].flip(1)
     last = batch.label_row == len(batch.rows) - 1
-    before = losses(model, batch, path)[last]
-    after = losses(model, replace(batch, ids=changed), path)[last]
-    return float((before - after).abs().max())
+    before = forward(model, batch, path)
+    after = forward(model, replace(batch, ids=changed), path)
+    moved = float((before.labels - after.labels)[last].abs().max())
+    if before.router is None or after.router is None:
+        return moved
+    return max(moved, float((before.router - after.router)[-1].abs()))
 
 
 def _row_means(model: PreTrainedModel, batch: MicroBatch, path: Path) -> list[float] | str:
-    """Mean loss of each row, or in words why this way does not work for the model."""
+    """Mean loss of each row with its router loss, or in words why this way does not work for the model."""
     try:
-        found = losses(model, batch, path)
+        found = forward(model, batch, path)
     except (TypeError, NotImplementedError, AttributeError) as error:
         return f"the model does not take it ({type(error).__name__}: {str(error)[:120]})"
-    return [float(found[batch.label_row == number].mean()) for number in range(len(batch.rows))]
+    means = [float(found.labels[batch.label_row == number].mean()) for number in range(len(batch.rows))]
+    if found.router is None or path.router is None:
+        return means
+    return [mean + path.router * float(own) for mean, own in zip(means, found.router, strict=True)]

@@ -296,6 +296,11 @@ def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -
         say(f"Flash Attention: {', '.join(sorted(called))}, inside each row.")
     for way, reason in choice.passed_over:
         say(f"Loss path '{way}' passed over: {reason}.")
+    if choice.path.router is not None:
+        say(
+            f"Router loss is added: coefficient {choice.path.router:g}, each row's own, weighted by tokens. "
+            "The curve shows the loss of the labels alone."
+        )
     say(f"Loss path: {choice.path.way}; on two rows it is the model's own loss to {choice.difference:.1e}.")
 
 

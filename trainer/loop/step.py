@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.data.loader import MicroBatch, Rows, assemble
-from trainer.loop import optim
-from trainer.loop.forward import Path, losses
+from trainer.loop import optim, router
+from trainer.loop.forward import Path, forward
 from trainer.loop.team import ALONE, Team
 from trainer.models.load import Loaded
 
@@ -118,8 +118,9 @@ class Stepper:
     ) -> StepRecord | None:
         """Train step `number` on the rows of each micro-batch; None when `interrupt()` said so before the update.
 
-        The gradient is that of the summed label losses over the labels of all micro-batches together. A team parts the
-        micro-batches among its processes, and all of them come to the same weights.
+        The gradient is that of the summed label losses over the labels of all micro-batches together, and of the router
+        losses, where the model adds them, weighted by tokens over all tokens of the step. A team parts the micro-batches
+        among its processes, and all of them come to the same weights.
         """
         started = time.perf_counter()
         rows = np.concatenate(micro_rows)
@@ -139,7 +140,7 @@ class Stepper:
             batch = assemble(cache, group, self.device)
             data_s += time.perf_counter() - started
             torch.manual_seed(draw_seed(self.seed, number, micro))
-            sums[starts[micro] : starts[micro + 1]] = self._backward(batch, labels)
+            sums[starts[micro] : starts[micro + 1]] = self._backward(batch, labels, tokens)
         self.team.sum(sums)
         self.team.sum_gradients(self._parameters)
         marks.mark()
@@ -149,12 +150,19 @@ class Stepper:
         row_ids = tuple(int(row) for row in rows)
         return StepRecord(number, rate, row_ids, labels_of_row, labels, tokens, data_s, marks, values)
 
-    def _backward(self, batch: MicroBatch, labels: int) -> torch.Tensor:
-        """Add this micro-batch's gradient; returns the loss sum of each of its rows, (rows,) on the device."""
-        found = losses(self.model, batch, self.path)
-        self.scaler.scale(found.sum() / labels).backward()
-        sums = torch.zeros(len(batch.rows), dtype=torch.float32, device=found.device)
-        return sums.index_add_(0, batch.label_row, found.detach())
+    def _backward(self, batch: MicroBatch, labels: int, tokens: int) -> torch.Tensor:
+        """Add this micro-batch's gradient; returns the loss sum of each of its rows, (rows,) on the device.
+
+        `labels` and `tokens` are those of the whole step. The sums are of label losses alone.
+        """
+        found = forward(self.model, batch, self.path)
+        loss = found.labels.sum() / labels
+        if found.router is not None and self.path.router is not None:
+            balance = router.weighted_sum(found.router, batch.documents.cumulative) / tokens
+            loss = loss + self.path.router * balance
+        self.scaler.scale(loss).backward()
+        sums = torch.zeros(len(batch.rows), dtype=torch.float32, device=found.labels.device)
+        return sums.index_add_(0, batch.label_row, found.labels.detach())
 
     def _update(self, rate: float, sums: torch.Tensor) -> torch.Tensor:
         """Clip and update; returns the gradient norm before clipping, 0-dim on the device."""
