@@ -34,7 +34,11 @@ def build(config: Any) -> Loaded:
     function = attention.register("sdpa")
     try:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    except KeyError:  # as load_model does: older families choose among attentions of their own
+        takes_ours = model._can_set_attn_implementation()
+    except KeyError:
+        takes_ours = False
+    if not takes_ours:  # as load_model does
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():  # larger than fresh weights, so that caps and windows matter
         if parameter.dim() > 1:

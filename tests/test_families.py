@@ -12,7 +12,9 @@ from tests.memory_rows import random_rows
 from tests.tiny import tiny_tokenizer
 from trainer.data.loader import assemble
 from trainer.loop.forward import choose_path, losses
+from trainer.models import attention
 from trainer.models.load import load_model
+from trainer.refusal import Refusal
 
 HEAD = dict(head_dim=8)
 EQUAL_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
@@ -98,6 +100,7 @@ ONE_ROW = {
     "falcon": hf.FalconConfig(**EQUAL_HEADS, multi_query=True),
     "falcon with alibi": hf.FalconConfig(**EQUAL_HEADS, alibi=True),
     "mamba": hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0),
+    "mpt": hf.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=128),
     "nemotron": hf.NemotronConfig(**SIZES),
     "qwen3-next": hf.Qwen3NextConfig(
         **SIZES,
@@ -134,9 +137,9 @@ def test_loss_and_gradient_are_those_of_transformers_one_row_at_a_time(family: s
     assert relative_difference(mine, gradients) <= 1e-6
 
 
-@pytest.mark.parametrize("family", ["falcon", "gpt-j", "gpt-oss with sinks"])
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt-j", "gpt-oss with sinks", "mpt"])
 def test_a_family_with_attentions_of_its_own_is_loaded_and_answers_as_transformers_does(family, tmp_path) -> None:
-    """Found by these tests: such folders were refused with the bare name of our attention."""
+    """Such folders were refused with the bare name of our attention; Bloom was trained without a causal mask."""
     config = {**FUSED, **ONE_ROW}[family]
     tiny_tokenizer(tmp_path)
     torch.manual_seed(0)
@@ -146,3 +149,18 @@ def test_a_family_with_attentions_of_its_own_is_loaded_and_answers_as_transforme
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(1))
     arguments = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert torch.equal(loaded.generate(ids, **arguments), plain.generate(ids, **arguments))
+    row = random_rows(1, VOCABULARY, seed=3)
+    wanted = reference(plain, row, [0])[0]
+    batch = assemble(row, np.arange(1), "cpu")
+    path = choose_path(loaded, batch, compute=torch.float32, autocast=None).path
+    assert float(losses(loaded, batch, path).mean()) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_model_that_sees_ahead_is_refused_although_transformers_loss_agrees() -> None:
+    """Bloom with a mask that is missing: its own `.loss` is wrong in the same way, so equality proves nothing."""
+    attention.register("sdpa")
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(ONE_ROW["bloom"], attn_implementation=attention.NAME)
+    batch = assemble(random_rows(2, VOCABULARY, seed=3), np.arange(2), "cpu")
+    with pytest.raises(Refusal, match="sees tokens that come after it"):
+        choose_path(model, batch, compute=torch.float32, autocast=None)

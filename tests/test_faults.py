@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, Lfm2Config
 
 from tests import runs
+from tests.exact import build
 from tests.memory_rows import random_rows
 from tests.tiny import tiny_adapter_dir, tiny_model_dir
 from trainer import control, locks
@@ -133,9 +134,7 @@ CARRIERS = {
 @pytest.mark.parametrize("kind", CARRIERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_carries_one_row_into_the_next_trains_one_row_at_a_time(kind, dtype):
-    torch.manual_seed(0)
-    attention.register("sdpa")
-    model = AutoModelForCausalLM.from_config(CARRIERS[kind], attn_implementation=attention.NAME).to(dtype)
+    model = build(CARRIERS[kind]).model.to(dtype)
     cache = random_rows(2, 131, seed=4)
     choice = choose_path(model, assemble(cache, np.arange(2), "cpu"), compute=dtype, autocast=None)
     assert choice.path.way == "one row at a time"

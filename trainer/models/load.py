@@ -46,13 +46,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     transformers_logging.disable_progress_bar()
     extra: dict[str, Any] = {"quantization_config": _four_bits()} if quantise else {}
     try:
-        try:
-            loaded = _from_files(base, dtype, attention.NAME, extra)
-        except KeyError as error:
-            if error.args != (attention.NAME,):
-                raise
-            # older families (Falcon, GPT-J, GPT-Neo) choose among attentions of their own: one row at a time then
-            loaded = _from_files(base, dtype, "eager", extra)
+        loaded: Any = _with_own_attention(base, dtype, extra)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise Refusal(
@@ -70,6 +64,23 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
         model = model.to(device)
     _refuse_non_finite(model)
     return Loaded(model, function, base)
+
+
+def _with_own_attention(base: Path, dtype: torch.dtype, extra: dict[str, Any]) -> Any:
+    """(model, loading report) with document attention, or with the family's own where it takes no other.
+
+    Older families choose among attentions of their own (Falcon, GPT-J) or only ask for the mask that goes with the name
+    (Bloom, MPT: ours is none, so that they would see ahead). Their own is exact, and mostly one row at a time.
+    """
+    try:
+        loaded = _from_files(base, dtype, attention.NAME, extra)
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise
+    else:
+        if loaded[0]._can_set_attn_implementation():
+            return loaded
+    return _from_files(base, dtype, "eager", extra)
 
 
 def _from_files(base: Path, dtype: torch.dtype, attention_name: str, extra: dict[str, Any]) -> Any:
