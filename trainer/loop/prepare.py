@@ -22,7 +22,7 @@ from trainer.loop.step import Stepper
 from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
-from trainer.models.lora import add_lora, continue_lora
+from trainer.models.lora import add_lora, continue_lora, targets_line
 from trainer.refusal import Refusal
 from trainer.schema import Config
 from trainer.worker import Cancelled, Worker
@@ -268,15 +268,18 @@ def _what_is_trained(config: Config, loaded: Loaded, source: Path, *, resumed: b
     if is_adapter(source):
         if not resumed:
             say("The adapter is trained on as it is: its own rank, alpha and targets, not those of the settings.")
-        return continue_lora(loaded.model, source)
-    return add_lora(
-        loaded.model,
-        rank=config.lora.r,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        targets=list(config.lora.target_modules),
-        seed=config.data.seed,
-    )
+        trained = continue_lora(loaded.model, source)
+    else:
+        trained = add_lora(
+            loaded.model,
+            rank=config.lora.r,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=list(config.lora.target_modules),
+            seed=config.data.seed,
+        )
+    say(targets_line(trained))
+    return trained
 
 
 def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -> None:
