@@ -73,11 +73,11 @@ def _when(at: int | None, micro: int | None, ask: Callable[[], None]) -> Iterato
         place.update(step=number, micro=0)
         return step(self, number, *args)  # type: ignore[arg-type]
 
-    def going_back(self: Stepper, batch: MicroBatch, labels: int) -> torch.Tensor:
+    def going_back(self: Stepper, batch: MicroBatch, *of_step: int) -> torch.Tensor:
         if place["step"] == at and place["micro"] == micro:
             ask()
         place["micro"] += 1
-        return backward(self, batch, labels)
+        return backward(self, batch, *of_step)
 
     with (
         patch.object(MetricsWriter, "step", recorded),

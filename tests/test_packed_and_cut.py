@@ -180,5 +180,6 @@ def test_the_log_of_a_run_says_what_was_cut_dropped_and_left_out(tmp_path: Path)
     meta = TokenCache.open(next(path for path in workspace.tokens.iterdir() if path.is_dir())).meta
     assert meta["rows_cut"] > 0 and meta["rows_without_labels"] > 1
     assert told.endswith(
-        f"{meta['rows_cut']} rows cut, 0 dropped, 1 unusable, {meta['rows_without_labels']} without an answer in the first 48 tokens."
+        f"{meta['rows_cut']} rows cut, 0 dropped, 1 unusable, "
+        f"{meta['rows_without_labels']} without an answer in the first 48 tokens."
     )
