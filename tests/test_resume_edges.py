@@ -194,11 +194,11 @@ def test_a_smaller_micro_batch_after_memory_ran_out_is_kept_across_a_resume(
 ) -> None:
     backward, full = Stepper._backward, [False]
 
-    def tight(self: Stepper, batch: Any, labels: int) -> torch.Tensor:
+    def tight(self: Stepper, batch: Any, *of_step: int) -> torch.Tensor:
         if full[0]:
             full[0] = False
             raise torch.OutOfMemoryError("simulated")
-        return backward(self, batch, labels)
+        return backward(self, batch, *of_step)
 
     monkeypatch.setattr(Stepper, "_backward", tight)
 
