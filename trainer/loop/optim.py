@@ -13,6 +13,7 @@ from torch import nn
 from trainer.refusal import Refusal
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
+OVERFLOWS = 32  # in a row: halvings that bring any usual scale (2^16 at the start) below what fp16 could overflow at
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -86,25 +87,38 @@ def restore(
 
 
 class StepGuard:
-    """The non-finite flag: 1.0 on the device from the first bad step on; AdamW (fused) skips its update while it is set."""
+    """The non-finite flag: 1.0 on the device from the first bad step on; AdamW (fused) skips its update while it is set.
+
+    In fp16 an overflowing gradient is everyday and skips its own step alone; the scale is halved after it. A gradient
+    that still overflows after `OVERFLOWS` halvings is not one that a smaller scale could save, and sets the flag.
+    """
 
     def __init__(self, device: str) -> None:
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
+        self._overflow = torch.zeros_like(self.flag)
+        self._in_a_row = torch.zeros_like(self.flag)
 
     def see(self, *values: torch.Tensor) -> None:
         """Set the flag where any of `values` (0-dim) is NaN or infinite; no host wait."""
         for value in values:
             self.flag = torch.maximum(self.flag, (~torch.isfinite(value)).float())
 
+    def see_scaled(self, norm: torch.Tensor) -> None:
+        """Take the gradient norm (0-dim) of an fp16 step: skip this step where it overflowed; no host wait."""
+        self._overflow = (~torch.isfinite(norm)).float()
+        self._in_a_row = (self._in_a_row + 1) * self._overflow
+        self.flag = torch.maximum(self.flag, (self._in_a_row > OVERFLOWS).float())
+
     def step(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """One update with `rate`, or none while the flag is set."""
+        """One update with `rate`, or none while the flag is set or where this step overflowed."""
         for group in optimizer.param_groups:
             group["lr"] = rate
+        skip = torch.maximum(self.flag, self._overflow)
         if not isinstance(optimizer, torch.optim.AdamW):  # the 8-bit one knows no flag: the host has to look
-            if not bool(self.flag):
+            if not bool(skip):
                 optimizer.step()
             return
-        optimizer.grad_scale, optimizer.found_inf = None, self.flag  # type: ignore[attr-defined]
+        optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
         optimizer.step()
 
 

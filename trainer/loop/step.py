@@ -171,16 +171,12 @@ class Stepper:
             self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters, limit)
-        total = sums.sum()
-        # an overflowing gradient is everyday in fp16: the scaler skips that step and halves its scale
-        self.guard.see(total) if fp16 else self.guard.see(total, norm)
+        self.guard.see(sums.sum())
+        # an overflowing gradient is everyday in fp16 and costs that step; elsewhere it is the end
+        self.guard.see_scaled(norm) if fp16 else self.guard.see(norm)
+        self.guard.step(self.optimizer, rate)
         if fp16:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:
-            self.guard.step(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
