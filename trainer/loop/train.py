@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint
+from trainer.loop.diverged import cause_of
 from trainer.loop.evaluate import held_out_loss
 from trainer.loop.ready import Ready, Surroundings
 from trainer.loop.save import snapshot
@@ -52,7 +53,8 @@ class Training:
         past = read_metrics(around.run.metrics)
         self.recent: deque[float] = deque(past["loss"][past["step"] <= ready.progress.step].tolist(), maxlen=50)
         self.last_arrival = time.perf_counter()
-        self.diverged_at: int | None = None
+        self.diverged: tuple[StepRecord, list[float]] | None = None  # the first bad step and its rows' loss sums
+        self.skip_said = False
         self.disk_checked = 0.0
         self.disk_is_low = False
 
@@ -82,7 +84,7 @@ class Training:
                 if not self._one_step():
                     continue
                 self._arrivals(IN_FLIGHT_STEPS)
-                if self.diverged_at is not None:
+                if self.diverged is not None:
                     return self._diverged()
                 if (ended := self._after_step()) is not None:
                     return ended
@@ -191,8 +193,14 @@ class Training:
                 self.around.say(
                     f"Step {record.step} could not be recorded: {error.strerror or error}. Training goes on."
                 )
-        if bad and self.diverged_at is None:
-            self.diverged_at = record.step
+        if bad and self.diverged is None:
+            self.diverged = record, sums
+        elif not np.isfinite(norm) and not self.skip_said:
+            self.skip_said = True
+            self.around.say(
+                f"The gradient of step {record.step} did not fit into fp16: the step was skipped and the loss scale halved, "
+                "as fp16 does now and then. Said once."
+            )
         self._mark_spike(record.step, loss)
 
     def _peak_gib(self) -> float:
@@ -243,7 +251,7 @@ class Training:
         if not last and (asked or config.output.save_steps and step % config.output.save_steps == 0):
             self.around.signals.save_asked.clear()
             self._arrivals(0)
-            if self.diverged_at is None:
+            if self.diverged is None:
                 self._save()
         return None
 
@@ -274,7 +282,7 @@ class Training:
 
     def _check_held_out(self) -> bool:
         """Measure held-out loss; True when it was measured (and not left for a stop)."""
-        if self.diverged_at is not None:
+        if self.diverged is not None:
             return False
         self.around.team.order(Order(Word.HELD_OUT))
         loss = self._aside(
@@ -333,7 +341,7 @@ class Training:
 
     def _ended(self, kind: str, **fields: Any) -> Outcome:
         self._arrivals(0)
-        if self.diverged_at is not None:
+        if self.diverged is not None:
             return self._diverged()
         if self.progress.step and not fields.get("now"):
             self._save()
@@ -348,15 +356,13 @@ class Training:
         return Outcome(kind, self.progress.step, fields)
 
     def _diverged(self) -> Outcome:
+        assert self.diverged is not None
+        record, sums = self.diverged
         self.saver.wait()
         saved = checkpoint.listed(self.around.run.checkpoints)
-        rate = self.config.hyperparams.learning_rate
-        cause = (
-            f"loss or gradient became NaN or infinite at step {self.diverged_at}. Those weights are not saved. "
-            f"Common cause: learning rate too high ({rate:.2g})."
-        )
+        cause, rows = cause_of(record, sums, self.tokens.cache, self.config)
         return Outcome(
             "diverged",
-            int(self.diverged_at or 0),
-            {"cause": cause, "saved_step": saved[0][0] if saved else None},
+            record.step,
+            {"cause": cause, "rows": rows, "saved_step": saved[0][0] if saved else None},
         )
