@@ -128,6 +128,18 @@ def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threa
     }
 
 
+def approximations(config: dict[str, Any], on_gpu: bool) -> list[str]:
+    """What in a run's settings (a snapshot's `config`) is not exact, in words for log and page; empty for most runs."""
+    h = config.get("hyperparams", {})
+    found = []
+    bf16 = h.get("fp_precision") == "bf16" or (h.get("fp_precision") == "auto" and on_gpu)
+    if bf16 and h.get("master_weights") == "none":
+        found.append("pure bf16 weights and optimizer states")
+    if h.get("optimizer") == "adamw_8bit":
+        found.append("8-bit optimizer states")
+    return found
+
+
 def auto_name(config: Config) -> str:
     """What tells this run from others: data, method, rate."""
     data = Path(config.data.files[0].path).stem if config.data.files else "run"

@@ -19,6 +19,7 @@ import numpy as np
 
 from trainer import metrics, telemetry
 from trainer.events import read_events, wire
+from trainer.launch import approximations
 from trainer.run import RunDir, Status, StatusReader
 from trainer.states import allowed
 
@@ -246,6 +247,7 @@ def _facts(snapshot: dict[str, Any]) -> dict[str, Any]:
         "rank": config.get("lora", {}).get("r"),
         "device": str(device.get("summary", "")).split(" · ")[0],
         "on_gpu": device.get("name", "cpu") != "cpu",
+        "approximate": ", ".join(approximations(config, device.get("name", "cpu") != "cpu")),
     }
 
 

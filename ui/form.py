@@ -30,13 +30,14 @@ LONG_TEXT = ("profile.system_prompt",)
 PICKED = ("model_path", "data.dataset_path", "data.validation_dataset_path", "profile.name")
 SEGMENTED = ("hyperparams.method",)
 WIDE = (*PICKED[:2], *LONG_TEXT, "data.dataset_paths", "eval.sample_prompts")
-# labels of choices that are no words of their own
+# labels of choices that are no words of their own, or that need a warning
 _CHOICE_LABELS = {
     "full": "Full",
     "lora": "LoRA",
     "qlora": "QLoRA",
     "adamw": "AdamW",
-    "adamw_8bit": "AdamW, 8 bits",
+    "adamw_8bit": "AdamW, 8 bits (approximate)",
+    "none": "none (approximate)",
     "no": "never",
     "steps": "every so many steps",
     "epoch": "each epoch",

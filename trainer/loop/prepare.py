@@ -15,7 +15,7 @@ from torch import nn
 from trainer.data.loader import MicroBatch, assemble
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
-from trainer.launch import Prompt, fingerprint
+from trainer.launch import Prompt, approximations, fingerprint
 from trainer.loop.evaluate import micro_groups
 from trainer.loop.forward import Choice, choose_path, losses
 from trainer.loop.step import Stepper
@@ -233,6 +233,8 @@ def build_model(
         f"{precision.name}, on {machine_name}."
     )
     trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
+    for what in approximations(config.model_dump(), device != "cpu"):
+        say(f"Approximate: {what}. Small updates can round to nothing; the curve is not that of exact weights.")
     if h.use_gradient_checkpointing:
         recompute(loaded.model, h.gradient_checkpointing_policy)
         say(f"Gradient checkpointing enabled ({h.gradient_checkpointing_policy}).")

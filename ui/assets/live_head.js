@@ -44,6 +44,7 @@
       ["Run", status.run_id],
       ["Model", status.model],
       ["Method", method],
+      ["Approximate", status.approximate],
       ["Data", (status.data ?? []).join(", ")],
       ["Profile", status.profile ?? "none"],
       ["Device", status.device],
