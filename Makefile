@@ -43,7 +43,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.page
 
 settings: $(VENV)/.run
-	$(BIN)/python -m trainer.settings_doc
+	$(BIN)/python -m trainer.settings_doc > docs/settings.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info
