@@ -23,6 +23,7 @@ from trainer.events import all_events
 from trainer.launch import approximations
 from trainer.loop import optim
 from trainer.loop import step as steps
+from trainer.loop.forward import Found
 from trainer.metrics import read_metrics, read_rows
 from trainer.run import RunDir, status
 from trainer.states import allowed
@@ -58,13 +59,14 @@ def new(place: Place, **settings: Any) -> RunDir:
 
 def poison(patch: pytest.MonkeyPatch, *rows: int, value: float = math.nan) -> None:
     """From now on the loss of these rows is `value` in training."""
-    true_losses = steps.losses
+    true_forward = steps.forward
 
-    def losses(model: Any, batch: Any, path: Any) -> torch.Tensor:
-        found = true_losses(model, batch, path)
-        return found * torch.tensor([value if row in rows else 1.0 for row in batch.rows])[batch.label_row]
+    def forward(model: Any, batch: Any, path: Any) -> Found:
+        found = true_forward(model, batch, path)
+        factors = torch.tensor([value if row in rows else 1.0 for row in batch.rows])
+        return Found(found.labels * factors[batch.label_row], found.router)
 
-    patch.setattr(steps, "losses", losses)
+    patch.setattr(steps, "forward", forward)
 
 
 def log_of(run: RunDir) -> str:
