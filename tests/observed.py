@@ -200,3 +200,8 @@ def flops(seen: Seen) -> float:
 def compiled(seen: Seen) -> int:
     """Blocks given to torch.compile."""
     return seen.compiled
+
+
+def rewinds(seen: Seen) -> int:
+    """How often the run went back."""
+    return len(seen.events("rewind"))

@@ -47,6 +47,9 @@ LORA = {"hyperparams.method": "lora", "lora.r": 4}
 CHECKED = {"eval.eval_strategy": "steps", "eval.eval_steps": 2}
 SAMPLED = CHECKED | {"eval.sample_steps": 4, "eval.sample_max_tokens": 6}
 STEEP = {"hyperparams.learning_rate": 0.5, "hyperparams.warmup_steps": 0, "hyperparams.lr_schedule": "constant"}
+# after steps of this size the activations no longer fit into fp16
+EXPLODING = STEEP | {"hyperparams.learning_rate": 1.0, "hyperparams.fp_precision": "fp16"}
+EXPLODING |= {"output.save_steps": 1, "hyperparams.max_steps": 30}
 SPIKY = {
     "hyperparams.max_steps": 24,
     "hyperparams.warmup_steps": 21,
@@ -111,6 +114,11 @@ TABLE = (
         "hyperparams.gradient_checkpointing_policy", "selective", o.flops, lambda a, b: b < a, TRAINING, FULL_CHECKPOINTING
     ),
     Line("hyperparams.compile", True, o.compiled, lambda a, b: (a, b) == (0, 1), TRAINING),
+    # what "rewind" does is shown by tests/test_rewind.py: a run has to diverge after its first checkpoint for it
+    Line(
+        "hyperparams.on_divergence", "rewind", o.rewinds, lambda a, b: (a, b) == (0, 3),
+        given=EXPLODING,
+    ),
     Line(
         "hyperparams.early_stopping_patience", 1, o.end, lambda a, b: "no better held-out loss in 1 checks" in b[1],
         given=CHECKED | STEEP | {"hyperparams.max_steps": 12},

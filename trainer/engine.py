@@ -90,14 +90,17 @@ class Engine:
                 raise
         return run.run_id
 
-    def resume_run(self, run_id: str, owner: str) -> None:
-        """Go on with a run from its newest checkpoint that verifies. Raises Refusal where its state does not allow it."""
+    def resume_run(self, run_id: str, owner: str, around_rows: bool = False) -> None:
+        """Go on with a run from its newest checkpoint that verifies. Raises Refusal where its state does not allow it.
+
+        `around_rows`: a diverged run goes on without the rows of its bad step, at half the rate.
+        """
         self._refuse_when_broken()
         run = self.workspace.run(run_id)
         now = status(run)
-        if "resume" not in allowed(now.state):
+        if ("resume-around" if around_rows else "resume") not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
-        self._begin(run, now.name, owner)
+        self._begin(run, now.name, owner, around_rows)
         self.workspace.queue.remove(run_id)
 
     def enqueue_new(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
@@ -214,18 +217,20 @@ class Engine:
         self._accepted = task
         self._tasks.put(task)
 
-    def _begin(self, run: RunDir, name: str, owner: str) -> None:
+    def _begin(self, run: RunDir, name: str, owner: str, around_rows: bool = False) -> None:
         here = self.machine()
         with self._start:
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)
             try:
-                self._train(run, lock, here, owner, resumed=run.events.exists())
+                self._train(run, lock, here, owner, resumed=run.events.exists(), around_rows=around_rows)
             except BaseException:
                 lock.release()
                 raise
 
-    def _train(self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool) -> None:
-        life = open_life(run, owner, resumed=resumed)
+    def _train(
+        self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, around_rows: bool = False
+    ) -> None:
+        life = open_life(run, owner, resumed=resumed, around_rows=around_rows)
 
         def work() -> None:
             end = train_to_end(life, self.workspace, self.worker, here)

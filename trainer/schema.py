@@ -237,6 +237,12 @@ class HyperparamSettings(Section):
     compile: bool = setting(
         False, "Compile", "Compiles each layer with torch: a slow first step, then faster ones.", "Memory"
     )
+    on_divergence: Literal["stop", "rewind"] = setting(
+        "stop",
+        "If it diverges",
+        "Stop, or go back to the last checkpoint, skip the step's rows and halve the rate.",
+        "Saving",
+    )
     early_stopping_patience: Count = setting(
         0,
         "Early stopping",

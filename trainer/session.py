@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
 from trainer.refusal import Refusal
+from trainer.rewind import go_around, rewind
 from trainer.run import RunDir
 from trainer.schema import Config
 from trainer.signals import ControlWatch, Signals
@@ -32,6 +33,7 @@ from trainer.workspace import Workspace
 
 if TYPE_CHECKING:
     from trainer.loop.team import Team
+    from trainer.loop.train import Outcome
 
 
 @dataclass
@@ -51,16 +53,22 @@ class Life:
         self.lock.release()
 
 
-def open_life(run: RunDir, owner: str, *, resumed: bool) -> Life:
-    """Take the run's lock and write its first event; Refusal when another process trains it."""
+def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False) -> Life:
+    """Take the run's lock and write its first event; Refusal when another process trains it.
+
+    `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate.
+    """
     lock = locks.FileLock(run.lock)
     if not lock.acquire({"owner": owner, "pid": os.getpid()}):
         raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
     try:
         control.clear(run.control)  # a stop left for an earlier life must not end this one
-        lives = sum(event["kind"] in ("started", "resumed") for event in all_events(run.events))
+        past = list(all_events(run.events))
+        lives = sum(event["kind"] in ("started", "resumed", "rewind") for event in past)
         events = EventLog(run.events)
         events.append("resumed" if resumed else "started", owner=owner, life=lives + 1)
+        if around_rows:
+            lives += go_around(run, events, past)
     except OSError as error:
         lock.release()
         raise Refusal(f"The run's folder cannot be written: {error.strerror or error}. Nothing was started.") from None
@@ -178,6 +186,10 @@ def _run(
         torch.cuda.reset_peak_memory_stats()
     try:
         outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
+        while (back := _back(life, config, around.team, outcome)) is not None:
+            free_memory(device != "cpu", None)  # the weights that are no numbers go before the good ones come
+            found, around = back, replace(around, life=around.life + 1)
+            outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
     except Left:
         wish = life.signals.wish
         return "paused" if wish.end == "pause" else "stopped", {
@@ -186,6 +198,13 @@ def _run(
         }
     before = used_gib(device != "cpu")
     return outcome.kind, {"step": outcome.step, "memory_before_gib": before, **outcome.fields}
+
+
+def _back(life: Life, config: Config, team: Team, outcome: Outcome) -> checkpoint.Found | None:
+    """Where to go on after a divergence, if the settings say so and a whole checkpoint is there; None ends the run."""
+    if outcome.kind != "diverged" or config.hyperparams.on_divergence != "rewind" or team.size > 1:
+        return None
+    return rewind(life.run, life.events, outcome.step, outcome.fields["rows"])
 
 
 def _where_to_go_on(run: RunDir, say: Callable[[str], None]) -> checkpoint.Found | None:

@@ -49,7 +49,7 @@ _ALLOWED: dict[State, tuple[str, ...]] = {
     "stopped": ("resume", "use", "try"),
     "finished": ("use", "try"),
     "failed": ("resume",),
-    "diverged": ("resume",),
+    "diverged": ("resume", "resume-around"),
     "interrupted": ("resume", "leave"),
 }
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "pause": "pause",
     "checkpoint": "checkpoint",
     "resume": "resume",
+    "resume-around": "resume",
 }
 _CANNOT = {
     "stop": "be stopped",
@@ -47,6 +48,7 @@ _CANNOT = {
     "pause": "be paused",
     "checkpoint": "save a checkpoint",
     "resume": "be resumed",
+    "resume-around": "go on around its rows",
 }
 
 
@@ -97,8 +99,9 @@ class Feed:
         status = await run_in_threadpool(lambda: self.follower(run).status())
         if command not in allowed(status.state):
             return json_reply({"error": _refused(command, status)}, 409)
-        if command == "resume":
-            await run_in_threadpool(self._site.engine.resume_run, run.run_id, caller.role)
+        if command in ("resume", "resume-around"):
+            around = command == "resume-around"
+            await run_in_threadpool(self._site.engine.resume_run, run.run_id, caller.role, around)
         else:
             await run_in_threadpool(control.drop, run.control, command, caller.role)
         return json_reply({"ok": True}, 202)

@@ -39,14 +39,15 @@ class Plan:
         first, end = (int(value) for value in self.step_packs[step - 1])
         return min(most, -(-(end - first) // processes))
 
-    def micro_batches(self, step: int, packs_each: int) -> list[np.ndarray]:
-        """Rows of each micro-batch of `step` (1-based), `packs_each` packs at a time."""
+    def micro_batches(self, step: int, packs_each: int, without: frozenset[int] = frozenset()) -> list[np.ndarray]:
+        """Rows of each micro-batch of `step` (1-based), `packs_each` packs at a time, the rows `without` left out."""
         first, end = (int(value) for value in self.step_packs[step - 1])
         groups = []
         for start in range(first, end, packs_each):
             stop = min(start + packs_each, end)
-            groups.append(self.rows[self.pack_starts[start] : self.pack_starts[stop]])
-        return groups
+            rows = self.rows[self.pack_starts[start] : self.pack_starts[stop]]
+            groups.append(rows[~np.isin(rows, list(without))] if without else rows)
+        return [rows for rows in groups if len(rows)]
 
 
 def split(rows: int, share: float, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

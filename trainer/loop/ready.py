@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer import checkpoint
 from trainer.data.packing import Plan, waste
-from trainer.events import EventLog
+from trainer.events import EventLog, all_events
 from trainer.files import make_private_dir
 from trainer.launch import Prompt, fingerprint
 from trainer.loop import optim, prepare
@@ -22,6 +22,7 @@ from trainer.loop.save import Saver, load_optimizer
 from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.refusal import Refusal
+from trainer.rewind import Rewinds, rewinds_of
 from trainer.run import RunDir
 from trainer.schema import Config
 from trainer.signals import Signals
@@ -81,6 +82,7 @@ class Ready:
     progress: Progress
     saved_step: int | None
     facts: dict[str, Any]
+    rewinds: Rewinds
 
 
 def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None) -> Ready:
@@ -131,8 +133,9 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     )
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
+    rewinds = rewinds_of(all_events(around.run.events))
     leave_if_asked(around)
-    return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts)
+    return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds)
 
 
 def _same_model(around: Surroundings, config: Config) -> None:

@@ -26,8 +26,11 @@
     const resume = ["paused", "stopped"].includes(state) ? "Resume" : `Resume from ${n.count(safe)}`;
     const hasRows = end.step > 0 && ["failed", "diverged"].includes(state);
     const copy = () => navigator.clipboard.writeText(report(board.model, end));
+    const canGoAround = status.allowed.includes("resume-around") && end.rows?.length > 0;
+    const around = `Resume from ${n.count(safe)} at half the rate, without ${end.rows?.length === 1 ? "that row" : "those rows"}`;
     return [
-      status.allowed.includes("resume") && button(resume, () => board.actions.command("resume"), "primary"),
+      canGoAround && button(around, () => board.actions.command("resume-around"), "primary"),
+      status.allowed.includes("resume") && button(resume, () => board.actions.command("resume"), canGoAround ? "" : "primary"),
       button("Use this model", () => board.panels.open("Checkpoints")),
       hasRows && button(`Rows of step ${n.count(end.step)}`, () => board.panels.showRows(end.step)),
       state === "failed" && button("Copy report", copy),

@@ -1,0 +1,74 @@
+"""Going on after a divergence: back to the newest whole checkpoint, without the rows of the bad step, at a lower rate.
+
+What was decided stands in the run's events, its one home: any later life of the run skips the same rows at the same rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from trainer import checkpoint
+from trainer.events import EventLog, all_events
+from trainer.refusal import Refusal
+from trainer.run import RunDir
+
+MOST = 3  # a run that diverges again and again has another fault than its rows
+FACTOR = 0.5
+
+
+@dataclass(frozen=True)
+class Rewinds:
+    """All rewinds of a run together."""
+
+    count: int = 0
+    skip: frozenset[int] = frozenset()  # rows that are trained no more
+    rate_factor: float = 1.0
+
+
+def rewinds_of(events: Iterable[dict[str, Any]]) -> Rewinds:
+    """What the run's events say of its rewinds."""
+    found = [event for event in events if event["kind"] == "rewind"]
+    rows = frozenset(int(row) for event in found for row in event["rows"])
+    factor = 1.0
+    for event in found:
+        factor *= float(event["factor"])
+    return Rewinds(len(found), rows, factor)
+
+
+def rewind(run: RunDir, events: EventLog, step: int, rows: list[dict[str, Any]]) -> checkpoint.Found | None:
+    """Write the rewind and return the checkpoint to go back to; None where there is none, or too many were made.
+
+    `rows` are those of the step that diverged, as the `diverged` event names them.
+    """
+    before = rewinds_of(all_events(run.events))
+    if before.count >= MOST or not checkpoint.listed(run.checkpoints):
+        return None
+    try:
+        found = checkpoint.newest_verified(run.checkpoints)
+    except Refusal:  # none is whole; the run ends as diverged, and a resume says which are damaged
+        return None
+    note(events, step, found.step, rows, before)
+    return found
+
+
+def go_around(run: RunDir, events: EventLog, past: list[dict[str, Any]]) -> int:
+    """Write the same for a run that ended as diverged and is resumed by a person; returns the rewinds written (0 or 1)."""
+    ended = next((event for event in reversed(past) if event["kind"] == "diverged"), None)
+    saved = checkpoint.listed(run.checkpoints)
+    if ended is None or not saved:
+        return 0
+    note(events, int(ended["step"]), saved[0][0], ended.get("rows", []), rewinds_of(past))
+    return 1
+
+
+def note(events: EventLog, step: int, to: int, rows: list[dict[str, Any]], before: Rewinds) -> None:
+    """Write the event: the rows of `step` are skipped from now on and the rate is lowered, from step `to` on."""
+    rate = before.rate_factor * FACTOR
+    names = "1 row is" if len(rows) == 1 else f"{len(rows):,} rows are"
+    text = (
+        f"Step {step} diverged: back to step {to}. {names} skipped from now on, and the learning rate is "
+        f"{rate:.3g} times what it was set to."
+    )
+    events.append("rewind", step=step, to=to, rows=[row["row"] for row in rows], factor=FACTOR, text=text)
