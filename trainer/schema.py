@@ -381,9 +381,7 @@ class AlertSettings(Section):
 class Config(Section):
     """Everything a run is made of."""
 
-    model_name: str = setting(
-        "", "Model name", "A short name for the run's model, shown where no display name is set.", "What"
-    )
+    model_name: str = setting("", "Model name", "A short name, shown where no display name is set.", "What")
     model_display_name: str = setting("", "Display name", "How the model is called on the page.", "What")
     model_path: str = setting("", "Model", "The folder of the model to train.", "What", basic=True)
     profile: ProfileSettings = ProfileSettings()
