@@ -217,10 +217,26 @@ def test_pure_bf16_and_8_bit_states_are_called_approximate_and_nothing_else_is(p
         assert told["approximate"] == shown
 
     def of(on_gpu: bool, **settings: str) -> list[str]:
-        return approximations({"hyperparams": {"fp_precision": "auto", **settings}}, on_gpu)
+        return approximations({"hyperparams": {"method": "full", "fp_precision": "auto", **settings}}, on_gpu)
 
     assert of(False, master_weights="none") == [] and of(True, master_weights="none") != []
     assert of(True, master_weights="fp32") == [] and of(True, optimizer="adamw_8bit") == ["8-bit optimizer states"]
+
+
+def test_lora_in_bf16_is_exact_in_its_own_matrices_whatever_is_chosen_for_master_weights(
+    place: Place, worker: Worker
+) -> None:
+    made = [
+        new(place, method="lora", fp_precision="bf16", master_weights=masters, max_steps=3)
+        for masters in ("fp32", "none")
+    ]
+    for run in made:
+        assert one_life(run, place[0], worker) == "finished" and "pproximate" not in log_of(run)
+        newest = checkpoint.newest_verified(run.checkpoints).path
+        for file in ("model/adapter_model.safetensors", "optimizer.safetensors"):
+            assert {tensor.dtype for tensor in load_file(newest / file).values()} == {torch.float32}
+    assert_same(*made, "nothing but the setting's name differs")
+    assert approximations(made[1].snapshot()["config"], on_gpu=False) == []
 
 
 def test_the_form_calls_them_approximate() -> None:

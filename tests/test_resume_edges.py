@@ -189,6 +189,15 @@ def test_a_held_out_check_that_a_stop_cut_off_is_made_up_for_by_the_resume(place
         assert status(broken).best_step == 0 or checkpoint.verify(best) == [], "the best weights are there"
 
 
+@pytest.mark.parametrize("method, masters", [("full", "fp32"), ("full", "none"), ("lora", "fp32")])
+def test_half_precision_is_taken_up_again_to_the_last_bit(place: Place, method: str, masters: str) -> None:
+    settings = {"fp_precision": "bf16", "master_weights": masters, "max_steps": 5} | (LORA if method == "lora" else {})
+    whole, broken = place.whole(**settings), place.new(**settings)
+    assert [place.life(broken, at=k) for k in (2, 3)] == ["stopped", "stopped"]
+    assert place.life(broken) == "finished"
+    assert_same(broken, whole, f"{method} in bf16, master weights {masters}")
+
+
 def test_a_smaller_micro_batch_after_memory_ran_out_is_kept_across_a_resume(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def approximations(config: dict[str, Any], on_gpu: bool) -> list[str]:
     h = config.get("hyperparams", {})
     found = []
     bf16 = h.get("fp_precision") == "bf16" or (h.get("fp_precision") == "auto" and on_gpu)
-    if bf16 and h.get("master_weights") == "none":
+    if bf16 and h.get("master_weights") == "none" and h.get("method") == "full":
         found.append("pure bf16 weights and optimizer states")
     if h.get("optimizer") == "adamw_8bit":
         found.append("8-bit optimizer states")

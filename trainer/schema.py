@@ -202,7 +202,7 @@ class HyperparamSettings(Section):
     master_weights: Literal["fp32", "none"] = setting(
         "fp32",
         "Master weights",
-        "fp32 keeps exact weights beside bf16 computation; none saves memory, approximate.",
+        "fp32 keeps exact weights beside bf16; none saves memory in full training, approximate.",
         "Memory",
     )
     max_length: Count = setting(

@@ -92,7 +92,9 @@ def pick_precision(config: Config, device: str) -> Precision:
     compute = DTYPES[wanted]
     if wanted == "fp32":
         return Precision(torch.float32, compute, None, False, "fp32")
-    if wanted == "bf16" and config.hyperparams.master_weights == "none":
+    # LoRA's own matrices are few and stay fp32 with their states, whatever is chosen for whole models
+    pure = config.hyperparams.master_weights == "none" and config.hyperparams.method == "full"
+    if wanted == "bf16" and pure:
         return Precision(compute, compute, None, False, "pure bf16, approximate")
     base = compute if config.hyperparams.method != "full" else torch.float32
     return Precision(base, compute, compute, wanted == "fp16", f"{wanted} with fp32 master weights")
