@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import runs
+from tests.conftest import RunningApp
 from tests.lives import assert_same, one_life
 from tests.memory_rows import random_rows
 from tests.test_step import VOCABULARY, build, stepper_for
@@ -246,3 +248,14 @@ def test_the_form_calls_them_approximate() -> None:
     for key, word in (("hyperparams.optimizer", "adamw_8bit"), ("hyperparams.master_weights", "none")):
         labels = {value: label for label, value in choice_labels(field(key))}
         assert [value for value, label in labels.items() if "approximate" in label] == [word]
+
+
+@pytest.mark.browser
+def test_the_board_of_an_approximate_run_says_so(page: Any, app: RunningApp, place: Place) -> None:
+    config = runs.settings(place[1], place[2], fp_precision="bf16", master_weights="none", optimizer="adamw_8bit")
+    run = runs.new(Workspace(app.workspace), config)
+    page.goto(f"{app.url}/live?run={run.run_id}")
+    shown = "[...document.querySelectorAll('dt')].find((each) => each.textContent === 'Approximate')?.nextSibling"
+    page.wait_for_function(f"{shown}?.textContent.includes('8-bit optimizer states')", timeout=15_000)
+    assert page.evaluate(f"{shown}.textContent") == "pure bf16 weights and optimizer states, 8-bit optimizer states"
+    shutil.rmtree(run.path)
