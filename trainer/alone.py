@@ -185,11 +185,15 @@ def inspect_alone(workspace: Workspace, config: Config) -> int:
     finally:
         worker.close()
     colour = os.isatty(1)
+    start = 0
     for document in shown["documents"]:
+        piece = f", piece {document['piece']}" if document["piece"] else ""
+        end = start + document["tokens"]
         print(
-            f"-- row {document['row']} ({document['file']}, line {document['line']}): "
-            f"{document['tokens']} tokens, {document['labels']} labels"
+            f"-- row {document['row']} ({document['file']}, line {document['line']}{piece}): {document['tokens']} tokens, "
+            f"{document['labels']} labels; places {start} to {end - 1} of the batch, positions 0 to {document['tokens'] - 1}"
         )
+        start = end
         text = "".join(
             (f"\x1b[4;36m{token['text']}\x1b[0m" if colour else f"[{token['text']}]")
             if token["trained"]
@@ -197,5 +201,7 @@ def inspect_alone(workspace: Workspace, config: Config) -> int:
             for token in document["pieces"]
         )
         print(text)
+        if document["cut"]:
+            print(f"-- cut here: {document['cut']:,} more tokens of the row do not fit into {shown['max_length']:,}.")
     print(shown["summary"])
     return 0

@@ -223,7 +223,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     else:
         for entry in report["problems"]:
             print(entry["message"])
-        print(f"{report['usable']:,} of {report['rows']:,} rows are usable.")
+        print(f"{report['usable']:,} of {report['rows']:,} rows are usable ({report['format']}).")
     return 0 if report["valid"] else 1
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from trainer.refusal import Refusal
 
 TOKENS_SHOWN = 20_000
+CHARACTERS_SHOWN = 100_000
+CHARACTERS_VIEWED = 2**21
 PREVIEW_ROWS = 3
 
 
@@ -72,8 +74,12 @@ class Operations:
         max_length: int,
         too_long: str,
         profiles_root: str | None = None,
+        piece: int | None = None,
     ) -> dict[str, Any]:
-        """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind."""
+        """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind.
+
+        A plain text stands as one message of the role "text"; `piece` chooses one of its pieces, None: its beginning.
+        """
         from trainer.data.render import Renderer, template_for, token_texts
         from trainer.data.shape import Shaper
 
@@ -83,10 +89,12 @@ class Operations:
             "line": found.line, "rows": rows, "system_prompt": shaper.system_prompt, "before": found.messages,
             "after": None, "tokens": [], "counts": {}, "notes": [], "note": "", "problem": None,
         }  # fmt: skip
-        if found.messages is None:
-            assert found.problem is not None
+        if found.problem is not None:
             return view | {"problem": asdict(found.problem)}
         try:
+            if found.text is not None:
+                tokenizer = self._load_tokenizer(model_path)
+                return view | _text_view(found, Path(path).name, tokenizer, profile, max_length, piece)
             view["after"] = shaper.shape(found.messages, found.index)
             tokenizer = self._load_tokenizer(model_path)
             template, template_note = template_for(tokenizer, shaper.profile)
@@ -185,6 +193,42 @@ class Operations:
         if found is None:
             raise Refusal(f"There is no row {index + 1:,}: {Path(path).name} has {rows:,} rows.")
         return found, rows
+
+
+def _text_view(
+    row: Any, file: str, tokenizer: Any, profile: str | None, max_length: int, piece: int | None
+) -> dict[str, Any]:
+    """The changing part of a view of a plain text: its pieces end to end, or the one asked for."""
+    from trainer.data.build import refuse_profile
+    from trainer.data.plain_text import TextEncoder, pieces_of
+    from trainer.data.render import own_template, token_texts
+
+    refuse_profile(profile, file, row.line)
+    # a preview of a whole library would take minutes; a piece is found only where all of it is encoded
+    text = row.text if piece is not None else row.text[:CHARACTERS_VIEWED]
+    pieces = pieces_of(TextEncoder(tokenizer, own_template(tokenizer)).document(text), max_length)
+    if piece is not None and not 0 <= piece < len(pieces):
+        raise Refusal(f"There is no piece {piece + 1:,}: the text has {len(pieces):,} pieces.")
+    shown = pieces if piece is None else [pieces[piece]]
+    ids = [number for each in shown for number in each]
+    kinds = [kind for each in shown for kind in ["context", *["label"] * (len(each) - 1)]]
+    ids_shown = ids[:TOKENS_SHOWN]
+    tokens = [
+        {"text": text, "id": number, "kind": kind}
+        for text, number, kind in zip(token_texts(tokenizer, ids_shown), ids_shown, kinds, strict=False)
+    ]
+    said = "Plain text: every token is learned but the first"
+    if len(shown) > 1:
+        said += f" of each of its {len(shown):,} pieces, which have at most {max_length:,} tokens"
+    note = f"{said}."
+    if len(text) < len(row.text):
+        note += f" These are its first {CHARACTERS_VIEWED:,} of {len(row.text):,} characters."
+    if len(ids) > TOKENS_SHOWN:
+        note += f" The first {TOKENS_SHOWN:,} tokens are shown."
+    told = "".join(str(token["text"]) for token in tokens) if piece is not None else text[:CHARACTERS_SHOWN]
+    turn = [{"role": "text", "content": told}]
+    counts = {"label": len(ids) - len(shown), "context": len(shown), "special": 0, "cut": 0, "tokens": len(ids)}
+    return {"before": turn, "after": turn, "tokens": tokens, "counts": counts, "note": note, "pieces": len(pieces)}
 
 
 def _note(tokens: int, counts: dict[str, int], max_length: int, too_long: str, template_note: str) -> str:

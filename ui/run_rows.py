@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trainer import checkpoint, metrics
 from trainer.data.tokens import TokenCache
 from trainer.events import read_events, wire
@@ -51,7 +49,7 @@ def text_of_row(workspace: Workspace, worker: Worker, run: RunDir, row: int) -> 
         raise Refusal(f"Row {row:,} is not known: the token cache of this run is gone.")
     snapshot = run.snapshot()
     config, prompt = snapshot["config"], snapshot["profile"]
-    file, _, index = (int(value) for value in np.asarray(cache.source)[row])
+    file, _, index, piece = cache.place(row)
     view = worker.call(
         "view_row",
         timeout_s=TEXT_TIMEOUT_S,
@@ -64,6 +62,7 @@ def text_of_row(workspace: Workspace, worker: Worker, run: RunDir, row: int) -> 
         max_length=config["hyperparams"]["max_length"],
         too_long=config["data"]["too_long"],
         profiles_root=str(workspace.profiles),
+        piece=piece,
     )
     return {"messages": [{"role": message["role"], "content": message["content"]} for message in view["after"]]}
 
@@ -94,5 +93,6 @@ def _token_key(run: RunDir) -> str | None:
 
 
 def _place(cache: TokenCache, row: int) -> str:
-    file, line, _ = (int(value) for value in np.asarray(cache.source)[row])
-    return f"{Path(cache.meta['files'][file]['path']).name}, line {line:,}"
+    file, line, _, piece = cache.place(row)
+    part = f", piece {piece + 1:,}" if piece is not None else ""
+    return f"{Path(cache.meta['files'][file]['path']).name}, line {line:,}{part}"

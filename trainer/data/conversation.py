@@ -1,4 +1,4 @@
-"""What one line must hold to be trained on: strict JSON, then a conversation whose last turn is an answer.
+"""What one line must hold to be trained on: strict JSON, then a conversation whose last turn is an answer, or a text.
 
 Owns the codes of problems and the words for them. Called by trainer.data.formats for every line; standard
 library only.
@@ -22,7 +22,9 @@ PROBLEM_NAMES = {
     "unknown_role": "unknown role",
     "order": "turns out of order",
     "wrong_type": "wrong type",
-    "no_messages": "no messages",
+    "no_messages": "no messages and no text",
+    "empty_text": "empty text",
+    "text_too_long": "text too long",
     "not_trained": "parts that are not trained",
     "characters": "characters that are not text",
     "not_utf8": "not UTF-8",
@@ -33,6 +35,7 @@ PROBLEM_NAMES = {
 # keys that change what a message means; passing over them in silence would train something nobody wrote
 _MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
 _UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_UNWANTED_IN_TEXT = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")  # books have page breaks (U+000C)
 
 
 class Fault(Exception):
@@ -44,22 +47,47 @@ class Fault(Exception):
         self.text = text
 
 
-def parse_conversation(raw: bytes) -> list[dict[str, str]]:
-    """The messages of one line, each with "role" and "content" only; raises Fault."""
+def parse_row(raw: bytes) -> list[dict[str, str]] | str:
+    """What one line holds: messages, each with "role" and "content" only, or a document of plain text. Raises Fault."""
+    value = _value(raw)
+    if isinstance(value, dict) and value.get("messages") is None and value.get("text") is not None:
+        if not isinstance(value["text"], str):
+            raise Fault("wrong_type", f"'text' is {_kind(value['text'])}; text is needed")
+        return _document(value["text"])
+    return _conversation(value)
+
+
+def parse_document(raw: bytes) -> str:
+    """A whole file of plain text as it stands; raises Fault."""
+    return _document(_decoded(raw))
+
+
+def _document(text: str) -> str:
+    if not text.strip():
+        raise Fault("empty_text", "the text is empty; there is nothing to learn")
+    if unwanted := _UNWANTED_IN_TEXT.search(text):
+        raise Fault("characters", f"the text contains {_named(unwanted)}")
+    return text
+
+
+def _decoded(raw: bytes) -> str:
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Fault("not_utf8", f"byte {error.start + 1:,} is not UTF-8 text") from None
+
+
+def _value(raw: bytes) -> Any:
+    text = _decoded(raw)
     if "\x00" in text:
         raise Fault("characters", "the line contains a NUL character")
     try:
-        value = _DECODER.decode(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         what = error.msg[:1].lower() + error.msg[1:]
         raise Fault("bad_json", f"bad JSON at character {error.pos + 1:,}: {what}") from None
     except RecursionError:
         raise Fault("bad_json", "the JSON is nested too deeply") from None
-    return _conversation(value)
 
 
 def printable(text: str, limit: int) -> str:
@@ -105,11 +133,11 @@ _DECODER = json.JSONDecoder(
 
 def _conversation(value: Any) -> list[dict[str, str]]:
     if not isinstance(value, dict):
-        raise Fault("wrong_type", f"the row is {_kind(value)}; an object with 'messages' is needed")
+        raise Fault("wrong_type", f"the row is {_kind(value)}; an object with 'messages' or 'text' is needed")
     messages = value.get("messages")
     if messages is None:
         keys = ", ".join(shown(key) for key in list(value)[:5]) or "none"
-        raise Fault("no_messages", f"there is no 'messages' list (keys found: {keys})")
+        raise Fault("no_messages", f"there is no 'messages' list and no 'text' (keys found: {keys})")
     if not isinstance(messages, list):
         raise Fault("wrong_type", f"'messages' is {_kind(messages)}; a list is needed")
     if not messages:
@@ -138,11 +166,14 @@ def _message(number: int, message: Any) -> dict[str, str]:
     if not isinstance(content, str):
         raise Fault("wrong_type", f"the content of message {number} is {_kind(content)}; text is needed")
     if unwanted := _UNWANTED.search(content):
-        code = ord(unwanted[0])
-        what = "half of a surrogate pair" if code >= 0xD800 else "a control character"
-        where = f"(U+{code:04X}) at character {unwanted.start() + 1:,}"
-        raise Fault("characters", f"message {number} contains {what} {where}")
+        raise Fault("characters", f"message {number} contains {_named(unwanted)}")
     return {"role": role, "content": content}
+
+
+def _named(unwanted: re.Match[str]) -> str:
+    code = ord(unwanted[0])
+    what = "half of a surrogate pair" if code >= 0xD800 else "a control character"
+    return f"{what} (U+{code:04X}) at character {unwanted.start() + 1:,}"
 
 
 def _check_extras(number: int, message: dict[str, Any]) -> None:

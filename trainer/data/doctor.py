@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.build import refuse_profile
 from trainer.data.conversation import PROBLEM_NAMES
 from trainer.data.formats import Row, Tally, read_rows
-from trainer.data.render import Rendered, Renderer, template_for
+from trainer.data.plain_text import TextEncoder, pieces_of
+from trainer.data.render import Rendered, Renderer, own_template, template_for
 from trainer.data.shape import Shaper
 from trainer.refusal import Refusal
 
@@ -30,6 +32,7 @@ DUPLICATES_WATCHED = 2_000_000
 HISTOGRAM_BINS = 24
 
 Conversation = list[dict[str, str]]
+Sampled = list[tuple[int, Conversation | str]]
 
 
 def check_data(
@@ -44,28 +47,48 @@ def check_data(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Examine a chat file; the result is what `check-data --json` prints.
+    """Examine a data file; the result is what `check-data --json` prints.
 
     "valid" is False when any row has a problem or none is usable; "problems" lists the first 200 of them, "counts"
     has all by code. With a tokenizer, "lengths" (tokens) and "label_share" come from at most 2,000 rows, shaped and
-    rendered as training would. `date` is YYYY-MM-DD. Raises Refusal when the file cannot be read, or the profile or
-    template not be used. `progress(bytes read, bytes of the file)`.
+    rendered as training would; "pieces" says in how many rows of training plain texts are parted. `date` is
+    YYYY-MM-DD. Raises Refusal when the file cannot be read, or the profile or template not be used.
+    `progress(bytes read, bytes of the file)`.
     """
     shaper = Shaper(profile, profiles_root, system_prompt, date)
     tally = Tally()
     checkup = _Checkup(seed, wants_sample=tokenizer is not None)
     size = os.path.getsize(path) if os.path.exists(path) else 0
     for row in read_rows(path, tally=tally):
+        if row.text is not None:
+            refuse_profile(profile, Path(path).name, row.line)
         checkup.take(row)
         if progress is not None and checkup.rows % 1000 == 0:
             progress(tally.bytes, max(tally.bytes, size))
     result = checkup.result() | {"bytes": tally.bytes, "sha256": tally.hexdigest()}
     if tokenizer is not None and checkup.usable:
-        template, note = template_for(tokenizer, shaper.profile)
-        measured = _measure(checkup.sample(), shaper, Renderer(tokenizer, template, date), max_length)
-        result["warnings"] += measured.pop("warnings")
-        result |= measured | {"template_note": note}
+        result |= _measured(checkup, shaper, tokenizer, date, max_length, result["warnings"])
     return result
+
+
+def _measured(
+    checkup: _Checkup, shaper: Shaper, tokenizer: Any, date: str, max_length: int | None, warnings: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The part of the report that needs a tokenizer; adds to `warnings`."""
+    found = _Lengths(max_length)
+    sample, note = checkup.sample(), ""
+    talks = [(index, row) for index, row in sample if not isinstance(row, str)]
+    if talks:
+        template, note = template_for(tokenizer, shaper.profile)
+        warnings += _measure_talks(found, talks, shaper, Renderer(tokenizer, template, date))
+    texts = [row for _, row in sample if isinstance(row, str)]
+    if texts:
+        warnings += _measure_texts(found, texts, TextEncoder(tokenizer, own_template(tokenizer)))
+    pieces = None
+    if found.documents and max_length:
+        pieces = round(found.pieces / found.documents * checkup.documents)
+    share = found.labels / sum(found.lengths) if found.lengths else None
+    return {"lengths": found.result(), "label_share": share, "pieces": pieces, "template_note": note}
 
 
 class _Checkup:
@@ -76,36 +99,39 @@ class _Checkup:
         self.usable = 0
         self.counts: Counter[str] = Counter()
         self.problems: list[dict[str, Any]] = []
+        self.documents = 0
         self.turns: Counter[int] = Counter()
         self.with_system = 0
         self.duplicates = 0
         self._seen: set[bytes] = set()
         self._draw = random.Random(seed)
         self._wants_sample = wants_sample
-        self._heap: list[tuple[float, int, Conversation]] = []
+        self._heap: list[tuple[float, int, Conversation | str]] = []
         self._characters = 0
 
     def take(self, row: Row) -> None:
         """Count one row in."""
         self.rows += 1
         priority = self._draw.random()  # drawn for every row, so that a row's luck hangs on its place alone
-        if row.messages is None:
-            assert row.problem is not None
+        if row.problem is not None:
             self.counts[row.problem.code] += 1
             if len(self.problems) < PROBLEMS_LISTED:
                 found = {"line": row.line, "code": row.problem.code, "message": row.problem.message}
                 self.problems.append(found)
             return
         self.usable += 1
-        self.turns[sum(message["role"] != "system" for message in row.messages)] += 1
-        self.with_system += row.messages[0]["role"] == "system"
-        self._watch_duplicates(row.messages)
+        if row.messages is None:
+            self.documents += 1
+        else:
+            self.turns[sum(message["role"] != "system" for message in row.messages)] += 1
+            self.with_system += row.messages[0]["role"] == "system"
+        self._watch_duplicates(row.messages or [{"role": "text", "content": row.text or ""}])
         if self._wants_sample:
             self._offer(priority, row)
 
-    def sample(self) -> list[tuple[int, Conversation]]:
-        """(row of the file, messages) of the sampled rows, in file order."""
-        return sorted((index, messages) for _, index, messages in self._heap)
+    def sample(self) -> Sampled:
+        """(row of the file, messages or text) of the sampled rows, in file order."""
+        return sorted(((index, row) for _, index, row in self._heap), key=lambda pair: pair[0])
 
     def result(self) -> dict[str, Any]:
         """The part of the report that needs no tokenizer."""
@@ -116,7 +142,7 @@ class _Checkup:
             warnings.append({"code": "duplicates", "count": self.duplicates, "message": text})
         return {
             "valid": self.usable > 0 and self.usable == self.rows,
-            "format": "unknown" if self.counts["wrong_format"] else "chat JSON Lines",
+            "format": self._format(),
             "rows": self.rows,
             "usable": self.usable,
             "summary": self._summary(),
@@ -125,7 +151,15 @@ class _Checkup:
             "warnings": warnings,
             "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
             "with_system": self.with_system,
+            "documents": self.documents,
         }
+
+    def _format(self) -> str:
+        if self.counts["wrong_format"]:
+            return "unknown"
+        if not self.documents:
+            return "chat JSON Lines"
+        return "conversations and texts, JSON Lines" if self.turns else "plain text"
 
     def _summary(self) -> str:
         if not self.rows:
@@ -150,57 +184,109 @@ class _Checkup:
 
     def _offer(self, priority: float, row: Row) -> None:
         """Keep the rows with the smallest draws, as many as the two limits allow: each row has the same chance."""
-        assert row.messages is not None
+        content: Conversation | str = row.messages if row.messages is not None else row.text or ""
         if len(self._heap) >= SAMPLE_ROWS and -self._heap[0][0] < priority:
             return
-        heapq.heappush(self._heap, (-priority, row.index, row.messages))
-        self._characters += _characters(row.messages)
+        heapq.heappush(self._heap, (-priority, row.index, content))
+        self._characters += _characters(content)
         while len(self._heap) > SAMPLE_ROWS or (self._characters > SAMPLE_CHARACTERS and len(self._heap) > 1):
             self._characters -= _characters(heapq.heappop(self._heap)[2])
 
 
-def _measure(
-    sample: list[tuple[int, Conversation]], shaper: Shaper, renderer: Renderer, max_length: int | None
-) -> dict[str, Any]:
-    """Lengths in tokens and the share of labels of sampled rows, and what the template does to them."""
+class _Lengths:
+    """Lengths and labels of sampled rows. What is over the limit counts for conversations; texts are parted, not cut."""
+
+    def __init__(self, max_length: int | None) -> None:
+        self.max_length = max_length
+        self.lengths: list[int] = []
+        self.labels = 0
+        self.over = 0
+        self.unanswered = 0
+        self.documents = 0
+        self.pieces = 0
+
+    def talk(self, rendered: Rendered) -> None:
+        """Count a conversation in."""
+        self.lengths.append(len(rendered.ids))
+        self.labels += sum(rendered.labels)
+        if self.max_length is not None:
+            self.over += len(rendered.ids) > self.max_length
+            self.unanswered += not any(rendered.labels[: self.max_length])
+
+    def text(self, ids: list[int]) -> None:
+        """Count a document in, piece by piece."""
+        pieces = pieces_of(ids, self.max_length) if self.max_length else [ids]
+        self.lengths += [len(piece) for piece in pieces]
+        self.labels += len(ids) - len(pieces)
+        self.documents += 1
+        self.pieces += len(pieces)
+
+    def result(self) -> dict[str, Any] | None:
+        """Quantiles and a histogram with bins of equal width; None where nothing was measured."""
+        if not self.lengths:
+            return None
+        lengths = np.array(self.lengths)
+        counts, edges = np.histogram(lengths, bins=HISTOGRAM_BINS, range=(0, int(lengths.max()) + 1))
+        marks = np.quantile(lengths, [0.5, 0.95, 0.99], method="inverted_cdf")
+        return {
+            "sampled": len(lengths),
+            "mean": float(lengths.mean()),
+            "median": int(marks[0]),
+            "p95": int(marks[1]),
+            "p99": int(marks[2]),
+            "longest": int(lengths.max()),
+            "over": self.over if self.max_length else None,
+            "max_length": self.max_length,
+            "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
+        }
+
+
+def _measure_talks(
+    found: _Lengths, talks: list[tuple[int, Conversation]], shaper: Shaper, renderer: Renderer
+) -> list[dict[str, Any]]:
+    """Count sampled conversations into `found`; returns warnings on what the template does to them."""
     refused: list[str] = []
     notes: Counter[str] = Counter()
-    lengths, labels = [], []
-    unanswered = 0
-    for start in range(0, len(sample), 128):
+    for start in range(0, len(talks), 128):
         shaped = []
-        for index, messages in sample[start : start + 128]:
+        for index, messages in talks[start : start + 128]:
             try:
                 shaped.append(shaper.shape(messages, index))
             except Refusal as refusal:
                 refused.append(refusal.message)
         for rendered in renderer.render_many(shaped):
             if isinstance(rendered, Rendered):
-                lengths.append(len(rendered.ids))
-                labels.append(sum(rendered.labels))
+                found.talk(rendered)
                 notes.update(rendered.notes)
-                unanswered += max_length is not None and not any(rendered.labels[:max_length])
             else:
                 refused.append(rendered.message)
     warnings = []
     if refused:
-        text = f"{len(refused):,} of {len(sample):,} sampled rows cannot be rendered. The first: {refused[0]}"
+        text = f"{len(refused):,} of {len(talks):,} sampled rows cannot be rendered. The first: {refused[0]}"
         warnings.append({"code": "template", "count": len(refused), "message": text})
     warnings += [
-        {"code": code, "count": count, "message": f"{_NOTES[code]} ({count:,} of {len(sample):,} sampled rows)."}
+        {"code": code, "count": count, "message": f"{_NOTES[code]} ({count:,} of {len(talks):,} sampled rows)."}
         for code, count in notes.items()
     ]
-    if unanswered:
-        text = f"No answer begins within {max_length:,} tokens, so the row is left out"
-        text += f" ({unanswered:,} of {len(sample):,} sampled rows)."
-        warnings.append({"code": "answers_cut_away", "count": unanswered, "message": text})
-    if not lengths:
-        return {"lengths": None, "label_share": None, "warnings": warnings}
-    return {
-        "lengths": _lengths(np.array(lengths), max_length),
-        "label_share": sum(labels) / sum(lengths),
-        "warnings": warnings,
-    }
+    if found.unanswered:
+        text = f"No answer begins within {found.max_length:,} tokens, so the row is left out"
+        text += f" ({found.unanswered:,} of {len(talks):,} sampled rows)."
+        warnings.append({"code": "answers_cut_away", "count": found.unanswered, "message": text})
+    return warnings
+
+
+def _measure_texts(found: _Lengths, texts: list[str], encoder: TextEncoder) -> list[dict[str, Any]]:
+    """Count sampled documents into `found`; returns a warning where some cannot be encoded."""
+    refused: list[str] = []
+    for text in texts:
+        try:
+            found.text(encoder.document(text))
+        except Refusal as refusal:
+            refused.append(refusal.message)
+    if not refused:
+        return []
+    told = f"{len(refused):,} of {len(texts):,} sampled texts cannot be encoded. The first: {refused[0]}"
+    return [{"code": "template", "count": len(refused), "message": told}]
 
 
 _NOTES = {
@@ -211,22 +297,5 @@ _NOTES = {
 }
 
 
-def _lengths(lengths: np.ndarray, max_length: int | None) -> dict[str, Any]:
-    """Quantiles and a histogram with bins of equal width; `over` counts sampled rows longer than `max_length`."""
-    counts, edges = np.histogram(lengths, bins=HISTOGRAM_BINS, range=(0, int(lengths.max()) + 1))
-    marks = np.quantile(lengths, [0.5, 0.95, 0.99], method="inverted_cdf")
-    return {
-        "sampled": len(lengths),
-        "mean": float(lengths.mean()),
-        "median": int(marks[0]),
-        "p95": int(marks[1]),
-        "p99": int(marks[2]),
-        "longest": int(lengths.max()),
-        "over": int((lengths > max_length).sum()) if max_length else None,
-        "max_length": max_length,
-        "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
-    }
-
-
-def _characters(messages: Conversation) -> int:
-    return sum(len(message["content"]) for message in messages)
+def _characters(row: Conversation | str) -> int:
+    return len(row) if isinstance(row, str) else sum(len(message["content"]) for message in row)

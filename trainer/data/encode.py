@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trainer.data.conversation import shown
@@ -18,20 +18,23 @@ from trainer.refusal import Refusal
 # some tokenizers put a space before their first token: an anchor takes it, and its ids are cut off again
 ANCHORS = ("\n", "|", "1", "。")
 # tags that answers are made of: they may stand in contents even where a template writes them too
-_THINK_TAGS = ("<think>", "</think>")
+THINK_TAGS = ("<think>", "</think>")
 
 
 class PieceEncoder:
-    """Encodes scaffolds and contents of one tokenizer so that their ids can be put end to end."""
+    """Encodes scaffolds and contents of one tokenizer so that their ids can be put end to end.
 
-    def __init__(self, tokenizer: Any) -> None:
+    `control`: ids that must not come out of a content, besides those that the tokenizer flags as special.
+    """
+
+    def __init__(self, tokenizer: Any, control: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         added = tokenizer.added_tokens_decoder
         self.added_ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
         self._names = {number: str(token) for number, token in added.items()}
         self._control = {number for number, token in added.items() if token.special}
-        self._control.update(tokenizer.all_special_ids)
+        self._control.update(tokenizer.all_special_ids, control)
         self._scaffolds: dict[tuple[str, bool], list[int]] = {}
         self._anchor = "" if self._joins() else ANCHORS[0]
         self._fold = self._folding()
@@ -47,7 +50,7 @@ class PieceEncoder:
             self._scaffolds[text, first] = ids
             # whatever token a template builds its turns from must not come out of a content
             added = self.added_ids.intersection(ids)
-            self._control |= {n for n in added if self._names.get(n) not in _THINK_TAGS}
+            self._control |= {n for n in added if self._names.get(n) not in THINK_TAGS}
         return self._scaffolds[text, first]
 
     def contents(self, texts: Sequence[str]) -> list[list[int] | None]:

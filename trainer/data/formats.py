@@ -1,11 +1,15 @@
-"""The strict reader of chat JSON Lines: one conversation a line, `{"messages": [{"role", "content"}, ...]}`.
+"""The strict reader of data files: JSON Lines, or one plain text in a file that ends in .txt.
 
-Owns how a data file is opened and cut into rows. Streaming: one line of bounded size is in memory. Called by
-the doctor, the token cache and the worker's previews. Standard library only.
+A line holds a conversation, `{"messages": [{"role", "content"}, ...]}`, or a document, `{"text": "..."}`. A .txt file
+is one document as it stands, unless its first line is such a JSON object: then it is read as JSON Lines.
+
+Owns how a data file is opened and cut into rows. Streaming: one line, or one text, of bounded size is in memory. Called
+by the doctor, the token cache and the worker's previews. Standard library only.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -15,10 +19,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from trainer.data.conversation import Fault, parse_conversation
+from trainer.data.conversation import Fault, parse_document, parse_row
 from trainer.refusal import Refusal
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+MAX_TEXT_BYTES = 64 * 1024 * 1024
 
 _FOREIGN_STARTS = (
     (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
@@ -41,15 +46,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One non-blank line. `line` counts from 1 over all lines, `index` from 0 over non-blank ones.
+    """One non-blank line, or a whole .txt file. `line` counts from 1 over all lines, `index` from 0 over non-blank ones.
 
-    Exactly one of `messages` (dicts with "role" and "content") and `problem` is set.
+    Exactly one of `messages` (dicts with "role" and "content"), `text` (a document) and `problem` is set.
     """
 
     line: int
     index: int
     messages: list[dict[str, str]] | None
     problem: Problem | None
+    text: str | None = None
 
 
 class Tally:
@@ -86,18 +92,23 @@ def open_data(path: Path) -> BinaryIO:
         raise Refusal("The name of the data file contains a NUL character.") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise Refusal(f"{path.name} is not a regular file. Choose a JSON Lines file.")
+        raise Refusal(f"{path.name} is not a regular file. Choose a data file.")
     return os.fdopen(fd, "rb", buffering=1024 * 1024)
 
 
 def read_rows(path: Path | str, *, start: int = 0, tally: Tally | None = None) -> Iterator[Row]:
-    """Read the rows of a chat file one by one, from row `start` on (earlier ones are counted, not parsed).
+    """Read the rows of a data file one by one, from row `start` on (earlier ones are counted, not parsed).
 
     Every non-blank line gives exactly one Row, usable or with its problem, except that a file of a foreign
     format gives one Row with the code "wrong_format" and ends. Raises Refusal when it cannot be read.
     """
     path = Path(path)
     with open_data(path) as file:
+        if _is_prose(path, file):
+            document = _read_document(file, path.name, tally)
+            if document is not None and start == 0:
+                yield document
+            return
         index = 0
         lines = _lines(file, path.name, tally)
         for line, raw, too_long in lines:
@@ -129,10 +140,58 @@ def scan(path: Path | str) -> Scan:
     rows = 0
     foreign = False
     with open_data(path) as file:
+        if _is_prose(path, file):
+            rows = sum(1 for _ in read_rows(path, tally=tally))
+            return Scan(rows, tally.bytes, tally.hexdigest())
         for line, raw, _ in _lines(file, path.name, tally):
             foreign = foreign or (line == 1 and _foreign_format(raw) is not None)
             rows += bool(raw.strip())
     return Scan(1 if foreign else rows, tally.bytes, tally.hexdigest())
+
+
+def _is_prose(path: Path, file: BinaryIO) -> bool:
+    """Whether a file is one plain text: it ends in .txt and its first line is no row of JSON Lines."""
+    if path.suffix.lower() != ".txt":
+        return False
+    first = b""
+    try:
+        while not first.strip() and (first := file.readline(MAX_LINE_BYTES + 1)):
+            pass
+        file.seek(0)
+        value = (
+            json.loads(first.removeprefix(b"\xef\xbb\xbf"))
+            if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
+            else None
+        )
+    except OSError as error:
+        raise Refusal(f"{path.name} could not be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        return True
+    return not (isinstance(value, dict) and ("messages" in value or "text" in value))
+
+
+def _read_document(file: BinaryIO, name: str, tally: Tally | None) -> Row | None:
+    """The whole file as one row; None where there is nothing but white space in it."""
+    raw = bytearray()
+    too_long = False
+    try:
+        while chunk := file.read(1024 * 1024):
+            if tally:
+                tally.add(chunk)
+            too_long = too_long or len(raw) + len(chunk) > MAX_TEXT_BYTES
+            if not too_long:
+                raw += chunk
+    except OSError as error:
+        raise Refusal(f"{name} could not be read: {error.strerror}.") from None
+    if foreign := _foreign_start(bytes(raw[:8])):
+        return Row(1, 0, None, Problem("wrong_format", f"Line 1: the file is {foreign}."))
+    try:
+        if too_long:
+            raise Fault("text_too_long", f"the text is larger than {MAX_TEXT_BYTES // 1024**2} MiB")
+        content = bytes(raw).removeprefix(b"\xef\xbb\xbf")
+        return Row(1, 0, None, None, parse_document(content)) if content.strip() else None
+    except Fault as fault:
+        return Row(1, 0, None, Problem(fault.code, f"Line 1: {fault.text}."))
 
 
 def _lines(file: BinaryIO, name: str, tally: Tally | None) -> Iterator[tuple[int, bytes, bool]]:
@@ -155,10 +214,13 @@ def _lines(file: BinaryIO, name: str, tally: Tally | None) -> Iterator[tuple[int
         raise Refusal(f"{name} could not be read after line {line:,}: {error.strerror}.") from None
 
 
+def _foreign_start(content: bytes) -> str | None:
+    return next((what for start, what in _FOREIGN_STARTS if content.startswith(start)), None)
+
+
 def _foreign_format(first_line: bytes) -> str | None:
-    for start, what in _FOREIGN_STARTS:
-        if first_line.startswith(start):
-            return what
+    if what := _foreign_start(first_line):
+        return what
     if first_line[:2] in (b"{\x00", b"[\x00", b"\x00{", b"\x00["):
         return "UTF-16 text; save it as UTF-8"
     if first_line.strip() == b"[" or re.match(rb"\s*\[\s*\{", first_line):
@@ -170,6 +232,7 @@ def _row(line: int, index: int, raw: bytes, too_long: bool) -> Row:
     try:
         if too_long:
             raise Fault("line_too_long", f"the line is longer than {MAX_LINE_BYTES // 1024**2} MiB")
-        return Row(line, index, parse_conversation(raw), None)
+        found = parse_row(raw)
+        return Row(line, index, None, None, found) if isinstance(found, str) else Row(line, index, found, None)
     except Fault as fault:
         return Row(line, index, None, Problem(fault.code, f"Line {line:,}: {fault.text}."))

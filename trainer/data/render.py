@@ -15,7 +15,7 @@ from trainer.data.template import PLAIN_CHATML, Messages, Pieces, Template
 from trainer.refusal import Refusal
 
 # part of the cache key of tokens: raise it with every change that can move one token or label
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 
 Kind = Literal["label", "context", "special"]
 

@@ -70,13 +70,15 @@ class TokenCache:
         self.meta = meta
         self.offsets = arrays["offsets"]  # int64 (rows + 1,)
         self.source = arrays["source"]  # int64 (rows, 3): file number, line from 1, row of the file from 0
+        self.pieces = arrays["pieces"]  # int32 (rows,): piece of a plain text from 0, -1 for a conversation
+        self.cut = arrays["cut"]  # int32 (rows,): tokens cut off the row's end
         self._ids = arrays["ids"]
         self._labels = arrays["labels"]
 
     @classmethod
     def open(cls, path: Path) -> TokenCache:
         """Map the cache at `path`; raises Refusal when it is incomplete."""
-        names = ("ids", "labels", "offsets", "source")
+        names = ("ids", "labels", "offsets", "source", "pieces", "cut")
         try:
             meta = read_json(path / "cache.json")
             arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
@@ -84,6 +86,7 @@ class TokenCache:
             raise Refusal(f"The token cache {path.name} is not readable ({error}). Tokenise again.") from None
         tokens, rows = int(arrays["offsets"][-1]), len(arrays["offsets"]) - 1
         shapes = {"ids": (tokens,), "labels": (tokens,), "offsets": (rows + 1,), "source": (rows, 3)}
+        shapes |= {"pieces": (rows,), "cut": (rows,)}
         if any(arrays[name].shape != shape for name, shape in shapes.items()) or meta.get("rows") != rows:
             raise Refusal(f"The token cache {path.name} is damaged: its parts differ in length. Tokenise again.")
         return cls(path, meta, arrays)
@@ -95,6 +98,12 @@ class TokenCache:
     def labels(self, row: int) -> np.ndarray:
         """1 where the token is trained, uint8 (length,)."""
         return self._labels[self.offsets[row] : self.offsets[row + 1]]
+
+    def place(self, row: int) -> tuple[int, int, int, int | None]:
+        """Where a row comes from: (file number, line from 1, row of the file from 0, piece of a plain text or None)."""
+        file, line, index = (int(value) for value in self.source[row])
+        piece = int(self.pieces[row])
+        return file, line, index, None if piece < 0 else piece
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from trainer.data.loader import assemble
 from trainer.data.render import token_texts
@@ -17,10 +16,17 @@ from trainer.worker import Worker
 from trainer.workspace import Workspace
 
 
-def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Worker) -> dict[str, Any]:
-    """{"documents": [{row, file, line, tokens, labels, pieces: [{text, id, position, trained}]}], "summary"}."""
+def first_batch(
+    config: Config, prompt: Prompt, workspace: Workspace, worker: Worker, interrupt: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """The first micro-batch: {"documents": [{row, file, line, piece, tokens, labels, cut, pieces: [{text, id, position,
+    trained}]}], "summary", "max_length"}.
+
+    `piece` counts from 1 in a plain text, None for a conversation; `cut` is how many tokens of the row do not fit.
+    Raises Refusal as a run would, Left when `interrupt()` said so.
+    """
     files = [file.path for file in config.data.files]
-    tokens = prepare.all_tokens(config, prompt, (workspace.tokens, workspace.profiles), worker)
+    tokens = prepare.all_tokens(config, prompt, (workspace.tokens, workspace.profiles), worker, interrupt)
     cache, plan = tokens.cache, prepare.plan_of(config, tokens)
     tokenizer = load_tokenizer(Path(config.model_path))
     batch = assemble(cache, plan.micro_batches(1, config.hyperparams.batch_size)[0], "cpu")
@@ -28,7 +34,7 @@ def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Wo
     ids, positions, borders = batch.ids[0].tolist(), batch.positions[0].tolist(), batch.documents.borders
     documents = []
     for number, row in enumerate(batch.rows):
-        file, line, _ = (int(value) for value in np.asarray(cache.source)[row])
+        file, line, _, piece = cache.place(row)
         places = range(borders[number], borders[number + 1])
         texts = token_texts(tokenizer, [ids[at] for at in places])
         pieces = [
@@ -40,13 +46,19 @@ def first_batch(config: Config, prompt: Prompt, workspace: Workspace, worker: Wo
                 "row": row,
                 "file": Path(files[file]).name,
                 "line": line,
+                "piece": None if piece is None else piece + 1,
                 "tokens": len(pieces),
                 "labels": batch.labels_of_row[number],
+                "cut": int(cache.cut[row]),
                 "pieces": pieces,
             }
         )
     summary = (
-        f"First micro-batch: {len(documents)} rows, {batch.tokens:,} tokens, {batch.labels:,} labels; "
-        f"{plan.total_steps:,} steps planned."
+        f"First micro-batch: {_count(len(documents), 'row')}, {batch.tokens:,} tokens, {batch.labels:,} labels, "
+        f"nothing padded; {_count(plan.total_steps, 'step')} planned."
     )
-    return {"documents": documents, "summary": summary}
+    return {"documents": documents, "summary": summary, "max_length": config.hyperparams.max_length}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -121,7 +121,8 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     if found is not None:
         progress = _take_up(around, config, model, facts, found)
     # the checkpoint's tokenizer carries the template that was really trained, not one that was replaced
-    model.tokenizer.chat_template = tokens.cache.meta["chat_template"]
+    if tokens.cache.meta["chat_template"] is not None:
+        model.tokenizer.chat_template = tokens.cache.meta["chat_template"]
     saver = Saver(
         around.run.checkpoints,
         around.events,
@@ -175,6 +176,12 @@ def _tokens(around: Surroundings, config: Config, prompt: Prompt) -> prepare.Tok
         f"Data: {meta['rows']:,} rows, {meta['tokens']:,} tokens, {share:.0f} % answer tokens; "
         f"{meta['rows_cut']:,} rows cut, {meta['rows_dropped']:,} dropped, {meta['rows_skipped']:,} unusable{late}."
     )
+    if meta["documents"]:
+        around.say(
+            f"Plain text: {meta['documents']:,} documents in {meta['pieces']:,} rows of at most {limit:,} tokens, none cut."
+        )
+        if prompt.text:
+            around.say("The system prompt is not used for plain text.")
     if meta.get("template_note"):
         around.say(f"Template: {meta['template_note']}")
     return tokens

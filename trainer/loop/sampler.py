@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from peft import PeftModel
 
 import profiles
-from trainer.data.render import Renderer
+from trainer.data.plain_text import TextEncoder
+from trainer.data.render import Renderer, own_template
 from trainer.launch import Prompt
 from trainer.loop.prepare import Model, Tokens
 from trainer.loop.sample import answer
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainer.loop.ready import Surroundings
 
 DEFAULT_PROMPTS = 3
+OPENING_TOKENS = 32
+FOLLOWING_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,19 @@ def messages_as_trained(
     return view["after"]
 
 
-def held_out_messages(
-    config: Config, prompt: Prompt, tokens: Tokens, worker: Worker, user_profiles: Path, count: int
-) -> list[list[dict[str, Any]]]:
-    """The messages of the first `count` held-out rows (or trained ones where none are held out), as they are trained."""
+def default_questions(
+    config: Config,
+    prompt: Prompt,
+    tokens: Tokens,
+    tokenizer: Any,
+    worker: Worker,
+    user_profiles: Path,
+    count: int = DEFAULT_PROMPTS,
+) -> list[Question]:
+    """Questions from the first `count` held-out rows (or trained ones where none are held out), as they are trained.
+
+    A conversation is asked its last answer; a plain text is to be continued from its first tokens.
+    """
     cache, rows = (
         (tokens.held_out, tokens.held_out_rows) if len(tokens.held_out_rows) else (tokens.cache, tokens.trained_rows)
     )
@@ -73,9 +84,39 @@ def held_out_messages(
     files = [own] if own and cache is not tokens.cache else [file.path for file in config.data.files]
     found = []
     for row in rows[:count]:
-        file, _, index = (int(value) for value in np.asarray(cache.source)[row])
-        found.append(messages_as_trained(config, prompt, worker, user_profiles, files[file], index))
+        file, _, index, piece = cache.place(int(row))
+        if piece is not None:
+            found.append(continuation(tokenizer, cache.ids(int(row)).tolist()))
+            continue
+        messages = messages_as_trained(config, prompt, worker, user_profiles, files[file], index)
+        renderer = Renderer(tokenizer, cache.meta["chat_template"], prompt.date)
+        found.append(asked(renderer, messages[:-1], messages[-1]["content"]))
     return found
+
+
+def asked(renderer: Renderer, messages: list[dict[str, Any]], wanted: str | None) -> Question:
+    """The question that the last turn of `messages` asks; `wanted` is the answer the data has."""
+    ids = renderer.prompt(messages) if wanted is None else renderer.prompt(messages, wanted)
+    return Question(ids, messages[-1]["content"], wanted)
+
+
+def continuation(tokenizer: Any, ids: list[int]) -> Question:
+    """The first tokens of a plain text, at most OPENING_TOKENS and at most half, and what really follows them."""
+    opening = min(OPENING_TOKENS, max(1, len(ids) // 2))
+    told = tokenizer.decode(ids[:opening], skip_special_tokens=True)
+    return Question(ids[:opening], told, tokenizer.decode(ids[opening : opening + FOLLOWING_TOKENS]))
+
+
+def typed_question(
+    text: str, index: int, config: Config, prompt: Prompt, tokens: Tokens, tokenizer: Any, user_profiles: Path
+) -> Question:
+    """A person's own prompt: a turn of the user, or where the data is plain text alone, a text to continue."""
+    template = tokens.cache.meta["chat_template"]
+    if template is None:
+        encoder = TextEncoder(tokenizer, own_template(tokenizer))
+        return Question([*encoder.start, *(n for part in encoder.parts(text) for n in part)], text, None)
+    messages = compose(text, index, config, prompt, user_profiles)
+    return asked(Renderer(tokenizer, template, prompt.date), messages, None)
 
 
 class Sampler:
@@ -83,19 +124,12 @@ class Sampler:
 
     def __init__(self, config: Config, prompt: Prompt, model: Model, tokens: Tokens, around: Surroundings) -> None:
         self._config, self._model, self._around = config, model, around
-        self._renderer = Renderer(model.tokenizer, tokens.cache.meta["chat_template"], prompt.date)
         self._profile = profiles.load(prompt.profile, around.profiles_root) if prompt.profile is not None else None
+        tokenizer = model.tokenizer
         self._questions = [
-            self._question(compose(text, index, config, prompt, around.profiles_root), None)
+            typed_question(text, index, config, prompt, tokens, tokenizer, around.profiles_root)
             for index, text in enumerate(config.eval.sample_prompts)
-        ]
-        if not self._questions:
-            rows = held_out_messages(config, prompt, tokens, around.worker, around.profiles_root, DEFAULT_PROMPTS)
-            self._questions = [self._question(row[:-1], row[-1]["content"]) for row in rows]
-
-    def _question(self, messages: list[dict[str, Any]], wanted: str | None) -> Question:
-        ids = self._renderer.prompt(messages) if wanted is None else self._renderer.prompt(messages, wanted)
-        return Question(ids, messages[-1]["content"], wanted)
+        ] or default_questions(config, prompt, tokens, tokenizer, around.worker, around.profiles_root)
 
     def write(self, step: int) -> None:
         """Answer every question with the weights of `step`; a question that cannot be answered is named, not hidden."""

@@ -14,7 +14,6 @@ import profiles
 from trainer import checkpoint
 from trainer.data.loader import assemble
 from trainer.data.packing import Plan
-from trainer.data.render import Renderer
 from trainer.data.tokens import TokenCache
 from trainer.events import EventLog
 from trainer.launch import Prompt
@@ -22,7 +21,7 @@ from trainer.loop import optim
 from trainer.loop.forward import losses
 from trainer.loop.prepare import Left, Model, Tokens
 from trainer.loop.sample import answer
-from trainer.loop.sampler import held_out_messages, messages_as_trained
+from trainer.loop.sampler import default_questions, messages_as_trained
 from trainer.loop.save import Saver, Snapshot, load_optimizer, snapshot
 from trainer.machine import GIB
 from trainer.models import activations
@@ -110,7 +109,10 @@ def prompt_in_tokens(
 
     row = int(tokens.trained_rows[0])
     files = [file.path for file in config.data.files]
-    file, line, index = (int(value) for value in np.asarray(tokens.cache.source)[row])
+    file, line, index, piece = tokens.cache.place(row)
+    if piece is not None:
+        _text_in_tokens(report, tokens.cache, row)
+        return
     messages = messages_as_trained(config, prompt, worker, user_profiles, files[file], index)
     system = next((message["content"] for message in messages if message["role"] == "system"), "")
     if not system.strip():
@@ -125,6 +127,15 @@ def prompt_in_tokens(
             "problem",
             "The model does not see your prompt. The chat template drops or changes the system message.",
         )
+
+
+def _text_in_tokens(report: Report, cache: TokenCache, row: int) -> None:
+    """A plain text has no prompt; every token of it but the first must be a label."""
+    labels = np.asarray(cache.labels(row))
+    if labels[1:].all() and not labels[0]:
+        report.add("prompt", "pass", "The first row is plain text: no prompt, every token but the first is trained.")
+    else:
+        report.add("prompt", "problem", "Tokens of a plain text are left out of training.")
 
 
 def finite_weights(report: Report, model: Model) -> None:
@@ -357,15 +368,13 @@ def generation(
     interrupt: Callable[[], bool],
 ) -> None:
     """One answer to a real row's prompt, with the profile's processors."""
-    messages = held_out_messages(config, prompt, tokens, worker, user_profiles, 1)[0]
-    renderer = Renderer(model.tokenizer, tokens.cache.meta["chat_template"], prompt.date)
-    ids = renderer.prompt(messages[:-1], messages[-1]["content"])
+    (question,) = default_questions(config, prompt, tokens, model.tokenizer, worker, user_profiles, 1)
     profile = profiles.load(prompt.profile, user_profiles) if prompt.profile is not None else None
     processors = profile.logits_processors(model.tokenizer) if profile else []
     text = answer(
         model.trained,
         model.tokenizer,
-        ids,
+        question.ids,
         processors,
         device=device,
         max_tokens=min(32, config.eval.sample_max_tokens),
