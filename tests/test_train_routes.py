@@ -274,3 +274,20 @@ def test_the_weights_of_an_adapter_are_counted_as_peft_counts_them(tiny_model: P
     counted = sum(p.numel() for p in made.parameters() if p.requires_grad)
     sizes = Sizes.of(inspect_model(tiny_model)["facts"])
     assert sizes is not None and adapter_weights(sizes, 8) == counted
+
+
+def test_plain_text_asks_for_no_profile_and_then_counts_its_pieces(site: Site, tiny_model: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("A signal box stands by the line.\n" * 200)
+    chosen(site, tiny_model, book)
+    write(site, **{"hyperparams.max_length": "64"})
+    (stop,) = blocking(settled(site)[1])
+    assert "the profile plain is made for conversations" in stop.text
+    assert stop.actions[0].values == {"profile.name": ""} and "profile.name" in stop.fields
+    write(site, **stop.actions[0].values)
+    facts, lines = settled(site)
+    assert blocking(lines) == [] and facts.data is not None
+    assert (facts.data.rows, facts.data.usable, facts.data.too_long) == (1, 1, 0)
+    assert facts.data.trained_rows and facts.data.trained_rows > 20 and facts.steps and facts.steps > 1
+    seen = row_of(site, OWNER, {"n": "1"})
+    assert seen["after"][0]["role"] == "text" and seen["tokens"][0][1] == "context" and seen["tokens"][1][1] == "label"

@@ -44,7 +44,7 @@ class ProfileSettings(Section):
     """Which profile turns a row into training text."""
 
     name: str | None = setting(
-        None, "Profile", "How a row becomes training text. None: the rows as they are.", "What", basic=True
+        None, "Profile", "How a row becomes training text. None: the rows as they are, and for plain text.", "What", basic=True
     )
     system_prompt: str = setting(
         "", "System prompt", "Used when no profile is chosen and the row has no system message.", "What"
@@ -62,7 +62,7 @@ class DataSettings(Section):
     """What is trained on and what is held out."""
 
     dataset_path: str = setting(
-        "", "Data", "The chat dataset to train on (JSON Lines, one conversation a line).", "What", basic=True
+        "", "Data", "What to train on: JSON Lines of conversations or texts, or a .txt file of prose.", "What", basic=True
     )
     dataset_paths: list[WeightedFile] = setting(
         [], "More data", "Further files, each with a weight: 0.5 shows half its rows an epoch.", "What"
@@ -90,7 +90,7 @@ class DataSettings(Section):
     too_long: Literal["cut", "drop", "refuse"] = setting(
         "cut",
         "Rows too long",
-        "Rows over the maximum length: cut them, drop them, or refuse to start.",
+        "Conversations over the maximum length: cut, drop, or refuse. Plain text is split, never cut.",
         "What",
     )
     seed: Count = setting(

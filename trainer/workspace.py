@@ -24,7 +24,7 @@ from trainer.queue import Queue
 from trainer.refusal import Refusal
 from trainer.run import RunDir
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _DATASET_ID = re.compile(r"[0-9a-f]{16}")
 _NAME_CHARACTERS = 80

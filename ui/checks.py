@@ -29,7 +29,8 @@ class Check:
     """How one check stands: state "running", "done" or "failed"; progress 0 to 1 or None; the result or the reason.
 
     `judged` are the settings it was made with. `is_fault`: the check itself broke, so that nothing is known of what
-    it looked at. `last`: while this one runs, the last finished one of the same subject.
+    it looked at. `error_field`: the setting that a refusal is about. `last`: while this one runs, the last finished
+    one of the same subject.
     """
 
     state: str
@@ -37,6 +38,7 @@ class Check:
     result: Any = None
     error: str = ""
     is_fault: bool = False
+    error_field: str = ""
     judged: dict[str, Any] = field(default_factory=dict)
     last: Check | None = None
 
@@ -104,7 +106,7 @@ def _read(site: Site, path: Path) -> Check | None:
         return Check("running", progress=done / total if total else None)
     if time.time() - note["started"] > RETRY_AFTER_S or job["state"] != "failed":
         return _drop(path)
-    return Check("failed", error=job["error"], is_fault=job["detail"] is not None)
+    return Check("failed", error=job["error"], is_fault=job["detail"] is not None, error_field=job["field"] or "")
 
 
 def _drop(path: Path) -> None:

@@ -127,7 +127,8 @@ async def receive(site: Site, request: Request) -> DatasetInfo:
 def _check_upload(site: Site, name: str, size: int) -> None:
     if not name.lower().endswith(SUFFIXES):
         raise Refusal(
-            f"Data comes as JSON Lines: one conversation a line, in a file that ends in {', '.join(SUFFIXES)}. "
+            f"Data comes as JSON Lines, one conversation or text a line, or as a plain text in a .txt file. The name ends "
+            f"in {', '.join(SUFFIXES)}. "
             "CSV and Parquet are not read yet; export them as JSON Lines. Nothing was stored."
         )
     if not size:

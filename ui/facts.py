@@ -67,7 +67,7 @@ def gather(site: Site, state: FormState, draft: Draft) -> Facts:
 def plan_for(config: Config, data: DataFact | None) -> Plan:
     """Steps and rows of a run, as far as the data is known."""
     ready = data is not None and data.state == "ready" and not data.refusal
-    usable = data.usable if data is not None and ready else None
+    usable = data.trained_rows if data is not None and ready else None
     tokens = data.tokens if data is not None and ready else None
     return plan_of(config, usable, tokens, bool(config.data.validation_dataset_path))
 
@@ -169,7 +169,9 @@ def data_fact(site: Site, config: Config) -> DataFact | None:
     if found.state == "running":
         return DataFact("checking", done=found.progress)
     if found.state == "failed":
-        return DataFact("ready", **{"fault" if found.is_fault else "refusal": found.error})
+        if found.is_fault:
+            return DataFact("ready", fault=found.error)
+        return DataFact("ready", refusal=found.error, refusal_field=found.error_field)
     return _together(found.result, found.judged)
 
 
@@ -181,9 +183,9 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
     first = next((report["problems"][0]["message"] for report in reports if report["problems"]), "")
     measured = [(report, report["lengths"]) for report in reports if report.get("lengths")]
     usable = sum(report["usable"] for report in reports)
-    tokens = sum(report["usable"] * lengths["mean"] for report, lengths in measured)
-    labels = sum(report["usable"] * lengths["mean"] * report["label_share"] for report, lengths in measured)
-    over = sum(report["usable"] * (lengths["over"] or 0) / lengths["sampled"] for report, lengths in measured)
+    tokens = sum(_rows_of(report) * lengths["mean"] for report, lengths in measured)
+    labels = sum(_rows_of(report) * lengths["mean"] * report["label_share"] for report, lengths in measured)
+    over = sum(_rows_of(report) * (lengths["over"] or 0) / lengths["sampled"] for report, lengths in measured)
     unrendered = any(w["code"] == "template" for report in reports for w in report["warnings"]) and not measured
     return DataFact(
         "ready",
@@ -197,7 +199,8 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
         longest=max((lengths["longest"] for _, lengths in measured), default=None),
         p99=max((lengths["p99"] for _, lengths in measured), default=None),
         tokens=round(tokens) if measured else None,
-        sampled=any(lengths["sampled"] < report["usable"] for report, lengths in measured),
+        sampled=any(lengths["sampled"] < _rows_of(report) for report, lengths in measured),
+        trained_rows=sum(_rows_of(report) for report in reports),
         notes=tuple(
             warning["message"]
             for report in reports
@@ -206,6 +209,12 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
         ),
         judged=judged,
     )
+
+
+def _rows_of(report: dict[str, Any]) -> int:
+    """Rows of training in a report: its conversations, and the pieces of its texts where they are known."""
+    documents = report.get("documents", 0)
+    return report["usable"] - documents + (report.get("pieces") or documents)
 
 
 def smoke_fact(site: Site, smoke_id: str) -> SmokeFact | None:

@@ -110,7 +110,10 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
     if fact.fault:
         return [GateLine("data", "warning", f"The data could not be checked. {fact.fault}", (), key)]
     if fact.refusal:
-        return [GateLine("data", "problem", fact.refusal, (_go(key[0]),), key, True)]
+        cure = _go(key[0])
+        if fact.refusal_field == "profile.name":
+            cure, key = Action("No profile", "set", values={"profile.name": ""}), (*key, "profile.name")
+        return [GateLine("data", "problem", fact.refusal, (cure,), key, True)]
     stale = changed_titles(fact.judged, config)
     if fact.state == "checking":
         part = f", {numbers.percent(fact.done)} done" if fact.done else ""

@@ -70,7 +70,9 @@ class DataFact:
     sampled: bool = False
     notes: tuple[str, ...] = ()
     refusal: str = ""
+    refusal_field: str = ""
     fault: str = ""
+    trained_rows: int | None = None  # rows of training: conversations, and the pieces of plain texts
     done: float | None = None
     judged: dict[str, Any] = field(default_factory=dict)
 

@@ -32,12 +32,14 @@ FIXES = {
     "unknown_role": "The role of a message is system, user or assistant.",
     "order": "After an optional system message, user and assistant take turns.",
     "wrong_type": "The role and the content of a message are texts in double quotes.",
-    "no_messages": 'Each line needs "messages": a list of {"role": …, "content": …}.',
+    "no_messages": 'Each line needs "messages": a list of {"role": …, "content": …}, or a "text".',
+    "empty_text": "Write the text, or delete the line.",
+    "text_too_long": "A text may have 64 MiB at most. Split it into several files; each is a document of its own.",
     "not_trained": "Tool calls, images and separate thinking are not trained. Move them into the content or remove them.",
     "characters": "Remove control characters and broken halves of characters.",
     "not_utf8": "Save the file as UTF-8.",
     "line_too_long": "A line may have 8 MiB at most. Split the conversation.",
-    "wrong_format": "Save the data as JSON Lines: UTF-8 text, one conversation a line.",
+    "wrong_format": "Save the data as JSON Lines, one conversation or text a line, or as a .txt file, in UTF-8.",
 }
 
 
@@ -51,6 +53,8 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
     if report["turns"]:
         facts.append(["Turns a row", _turns(report["turns"])])
         facts.append(["With a system message", f"{count(report['with_system'])} of {count(report['usable'])} rows"])
+    if report.get("documents"):
+        facts.append(["Plain texts", _documents(report)])
     facts += _lengths(report)
     groups = [
         _group("problem", f"{count(number)} {PROBLEM_NAMES[code]}", FIXES[code], _lines(report, code), number)
@@ -88,8 +92,10 @@ def model_view(report: dict[str, Any]) -> dict[str, Any]:
 
 def _format(report: dict[str, Any]) -> str:
     if report["format"] == "unknown":
-        return "not known: it is not JSON Lines"
-    return f'{report["format"]}: each line holds "messages" with role and content'
+        return "not known: neither JSON Lines nor a text"
+    if report["format"] != "chat JSON Lines":
+        return str(report["format"])
+    return 'chat JSON Lines: each line holds "messages" with role and content'
 
 
 def _turns(turns: dict[str, int]) -> str:
@@ -110,7 +116,8 @@ def _lengths(report: dict[str, Any]) -> list[list[str]]:
         limit = f"{count(lengths['max_length'])} tokens"
         share = percent(lengths["over"], lengths["sampled"])
         facts.append(["Too long", f"{share} are over {limit}" if lengths["over"] else f"none over {limit}"])
-    facts.append(["Answer tokens", f"{percent(report['label_share'])} of all tokens are trained"])
+    what = "Trained tokens" if report.get("documents") else "Answer tokens"
+    facts.append([what, f"{percent(report['label_share'])} of all tokens are trained"])
     return facts
 
 
@@ -120,6 +127,14 @@ def _bars(report: dict[str, Any]) -> dict[str, Any] | None:
     if not lengths:
         return None
     return {**lengths["histogram"], "limit": lengths["max_length"]}
+
+
+def _documents(report: dict[str, Any]) -> str:
+    documents = f"{count(report['documents'])} document{'s' if report['documents'] != 1 else ''}, every token trained"
+    if not report.get("pieces"):
+        return documents
+    limit = report["lengths"]["max_length"]
+    return f"{documents}, in about {count(report['pieces'])} rows of at most {count(limit)} tokens; none is cut"
 
 
 def _lines(report: dict[str, Any], code: str) -> list[str]:

@@ -10,7 +10,7 @@
     const places = props.roots.length ? ` Also listed: what lies in ${props.roots.join(", ")}.` : "";
     root.append(
       el("div", el("h1.sb-title", "Data"),
-        el("p.sb-help", `Conversations to learn from, as JSON Lines: one {"messages": […]} a line.${places}`)));
+        el("p.sb-help", `Conversations or texts to learn from, as JSON Lines: one {"messages": […]} or {"text": "…"} a line; or prose in a .txt file.${places}`)));
     const shelf = new Shelf(root, {
       kind: "data",
       columns: ["#Rows", "#Size"],
@@ -135,7 +135,7 @@
 
     choices.then(({ models, profiles }) => {
       model.append(...models.map((name) => el("option", { value: name, selected: name === kept.model }, name)));
-      profile.append(...profiles.map((name) => el("option", { value: name, selected: name === kept.profile }, name)));
+      profile.append(el("option", { value: "", selected: kept.profile === "" }, "none (plain text)"), ...profiles.map((name) => el("option", { value: name, selected: name === kept.profile }, name)));
       show();
     });
     const steps = el("span.sb-row.sb-steps", button("‹", () => show(-1), "", { "aria-label": "Row before" }), number,
