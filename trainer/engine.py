@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trainer import launch, lease
 from trainer.files import make_private_dir
@@ -189,6 +189,21 @@ class Engine:
 
             self._hand_over(_Task("smoke", work, lock, signals))
         return smoke_id
+
+    def first_batch(self, config: Config, cancelled: Callable[[], bool]) -> dict[str, Any]:
+        """The first micro-batch of a run with these settings, as `trainer.loop.first_batch` shows it.
+
+        Works on the caller's thread, which may wait for the tokens; takes no device and draws nothing at random.
+        """
+        launch.check_paths(config)
+        prompt = launch.prompt_of(config, self.workspace.profiles)
+        from trainer.loop.first_batch import first_batch
+        from trainer.loop.prepare import Left
+
+        try:
+            return first_batch(config, prompt, self.workspace, self.worker, cancelled)
+        except Left:
+            raise Refusal("Left before it was done.") from None
 
     def stop_smoke(self) -> None:
         """End the smoke test in progress at its next check; harmless when there is none."""

@@ -49,6 +49,7 @@ _WORDS = {
     "check_data": "Checking the data",
     "view_row": "Showing the row",
     "preview_profile": "Showing the profile",
+    "token_texts": "Showing the batch",
     "tokenise": "Tokenising",
     "convert": "Converting the weights",
     "starter": "Making the starter model",

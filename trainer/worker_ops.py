@@ -34,6 +34,7 @@ class Operations:
             "check_data": self.check_data,
             "view_row": self.view_row,
             "preview_profile": self.preview_profile,
+            "token_texts": self.token_texts,
             "tokenise": self.tokenise,
             "convert": self.convert,
             "starter": self.starter,
@@ -145,6 +146,14 @@ class Operations:
             "description": shaper.profile.description if shaper.profile else "",
             "rows": shown,
         }
+
+    def token_texts(self, model_path: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """{"texts": what each id of each row adds to its text, "special": ids that are control tokens}."""
+        from trainer.data.render import token_texts
+
+        tokenizer = self._load_tokenizer(model_path)
+        special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        return {"texts": [token_texts(tokenizer, row) for row in rows], "special": sorted(special)}
 
     def tokenise(self, request: dict[str, Any], root: str) -> dict[str, Any]:
         """Build or find the token cache of `request` (fields of TokenRequest) in `root`; reports rows done."""

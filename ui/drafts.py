@@ -28,7 +28,7 @@ class Draft:
     `base` is the name of the saved config that the form started from, "" for the server's own config file.
     `values` holds the typed text of each dotted key that was touched. `automatic` gives the reason for each
     value that the page put in by itself. `undone` holds the values from before the last revert. `smoke_id`
-    is the last smoke test started from this form.
+    is the last smoke test started from this form, `batch_id` the job that looked for its first batch.
     """
 
     base: str = ""
@@ -38,6 +38,7 @@ class Draft:
     name: str = ""
     why: str = ""
     smoke_id: str = ""
+    batch_id: str = ""
     revision: int = 0
 
     def with_value(self, key: str, text: str, reason: str = "") -> Draft:
@@ -103,7 +104,7 @@ def _checked(raw: Any) -> Draft:
     if not isinstance(raw, dict):
         raise ValueError("a draft is an object")
     known = {info.key for info in fields()}
-    texts = {name: str(raw.get(name, "")) for name in ("base", "name", "why", "smoke_id")}
+    texts = {name: str(raw.get(name, "")) for name in ("base", "name", "why", "smoke_id", "batch_id")}
     groups: dict[str, dict[str, str]] = {}
     for name in ("values", "automatic", "undone"):
         group = raw.get(name, {})

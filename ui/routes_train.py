@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from trainer.refusal import Refusal
-from ui import train_do, train_row, train_state, train_try
+from ui import train_batch, train_do, train_row, train_state, train_try
 from ui.guard import Caller, caller_of, guarded
 from ui.replies import json_reply
 from ui.site import Site
@@ -30,6 +30,7 @@ def routes(site: Site) -> list[Route]:
         "state": ("check", lambda caller, _: train_state.state_of(site, caller)),
         "suggest": ("check", lambda caller, _: train_state.suggestions_of(site, caller)),
         "row": ("see_rows", lambda caller, query: train_row.row_of(site, caller, query)),
+        "batch": ("see_rows", lambda caller, _: train_batch.batch_of(site, caller)),
     }
     writes = {
         "fields": ("save_config", lambda caller, body: train_do.typed(site, caller, body)),
@@ -40,6 +41,7 @@ def routes(site: Site) -> list[Route]:
         "queue": ("queue", lambda caller, body: train_do.enqueue(site, caller)),
         "smoke": ("smoke", lambda caller, body: train_do.smoke(site, caller)),
         "smoke-stop": ("smoke", lambda caller, body: train_do.smoke_stop(site)),
+        "find-batch": ("see_rows", lambda caller, body: train_batch.find_batch(site, caller)),
         "try": ("start", lambda caller, body: train_try.try_it(site, caller)),
     }
     return [

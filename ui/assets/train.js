@@ -261,6 +261,7 @@
     document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && ask());
     fields.view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);
+    signalbox.trainBatch?.(fields);
     ask();
   }
 })();

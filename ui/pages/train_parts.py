@@ -87,6 +87,12 @@ VIEW = """
 <section class="sb-panel" id="train-view" aria-labelledby="train-view-title">
   <div class="sb-row sb-view-head">
     <h2 class="sb-section" id="train-view-title">What the model will see</h2>
+    <div class="sb-segments" role="group" aria-label="What is shown">
+      <button type="button" data-pane="row" aria-pressed="true">One row</button>
+      <button type="button" data-pane="batch" aria-pressed="false">First batch</button>
+    </div>
+  </div>
+  <div class="sb-stack" id="view-row-pane">
     <div class="sb-row">
       <div class="sb-row sb-stepper">
         <label for="view-row">row</label>
@@ -99,9 +105,16 @@ VIEW = """
         <button type="button" data-mode="text" aria-pressed="false">Text</button>
       </div>
     </div>
+    <div id="view-profile"></div>
+    <div id="view-body" aria-live="polite"></div>
   </div>
-  <div id="view-profile"></div>
-  <div id="view-body" aria-live="polite"></div>
+  <div class="sb-stack" id="view-batch" hidden>
+    <div class="sb-row sb-batch-head">
+      <p class="sb-help" id="batch-said" role="status"></p>
+      <button type="button" class="sb-button" id="batch-again" hidden>Show it again</button>
+    </div>
+    <div id="batch-body"></div>
+  </div>
 </section>
 """
 
