@@ -145,7 +145,8 @@ def test_the_first_batch_in_a_browser(tiny_model: Path, tmp_path: Path, page: An
         page.wait_for_function("/rows usable/.test(document.querySelector('#gate-lines').textContent)")
         page.fill("#f-hyperparams-max_length input", "80")
         page.get_by_role("button", name="First batch", exact=True).click()
-        page.wait_for_selector(".sb-document", timeout=60_000)
+        page.wait_for_selector(".sb-document, #batch-said.sb-message", timeout=60_000)
+        assert page.locator(".sb-document").count(), page.inner_text("#batch-said")
         assert not page.is_visible("#view-row-pane") and "First micro-batch: 2 rows" in page.inner_text("#batch-said")
         assert page.locator(".sb-document").count() == 2
         assert page.locator(".sb-tokens > .sb-position").all_inner_texts() == ["0", "0"]

@@ -55,6 +55,7 @@ class Engine:
         self._accepted: _Task | None = None  # the training or smoke test that holds the device, waiting or at work
         self._start = threading.Lock()
         self._ended = threading.Event()
+        self._importing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -69,7 +70,7 @@ class Engine:
     def warm(self) -> None:
         """Import torch on the engine's thread and start the worker, so that the first run does not wait for them."""
         self.worker.warm()
-        self._tasks.put(_Task("warm", _import_torch))
+        self._tasks.put(_Task("warm", self._import_torch))
 
     def start_run(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
         """Make a run and train it; returns its id. Raises Refusal (also Busy) before anything is written."""
@@ -197,6 +198,7 @@ class Engine:
         """
         launch.check_paths(config)
         prompt = launch.prompt_of(config, self.workspace.profiles)
+        self._import_torch()
         from trainer.loop.first_batch import first_batch
         from trainer.loop.prepare import Left
 
@@ -256,6 +258,12 @@ class Engine:
 
         self._hand_over(_Task("train", work, lock, life.signals))
 
+    def _import_torch(self) -> None:
+        with self._importing:  # two threads that import torch and its friends at once meet half-made modules
+            import trainer.loop.first_batch
+            import trainer.loop.train
+            import trainer.smoke  # noqa: F401
+
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
             try:
@@ -279,8 +287,3 @@ def threads_for(here: Machine) -> int:
     """Threads for the computation on a CPU: one core stays free, or the page would stutter and slow the training."""
     allowed_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here.cores
     return max(1, min(here.cores, allowed_cores) - 1)
-
-
-def _import_torch() -> None:
-    import trainer.loop.train
-    import trainer.smoke  # noqa: F401

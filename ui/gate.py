@@ -142,7 +142,11 @@ def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[G
         text = f"{fact.usable:,} of {fact.rows:,} rows are usable{share}. {bad:,} {verb}: {kinds}."
         more = (fact.first_problem,) if fact.first_problem else ()
         return [GateLine("data", "warning", text, (look,), key, more=more)]
-    return [GateLine("data", "pass", f"Data: {fact.usable:,} rows usable{share}.", (), key)]
+    return [
+        GateLine(
+            "data", "pass", f"Data: {fact.usable:,} {'row' if fact.usable == 1 else 'rows'} usable{share}.", (), key
+        )
+    ]
 
 
 def _long_rows(config: Config, fact: DataFact) -> list[GateLine]:

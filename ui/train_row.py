@@ -78,7 +78,7 @@ def _nothing(said: str, profile: dict[str, str] | None = None) -> dict[str, Any]
 
 
 def _facts(view: dict[str, Any]) -> str:
-    parts = [f"Line {view['line']:,}, {view['rows']:,} rows in the file"]
+    parts = [f"Line {view['line']:,}, {view['rows']:,} {'row' if view['rows'] == 1 else 'rows'} in the file"]
     counts = view["counts"]
     if counts:
         share = percent(counts["label"], counts["tokens"]) if counts["tokens"] else "0 %"

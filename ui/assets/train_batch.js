@@ -21,7 +21,7 @@
         answer = { state: "failed", text: error.message };
       }
       if (asked !== batch.asked || !batch.isOpen) return;
-      if (answer.state === "none" && !batch.isFinding) return void find();
+      if (answer.state === "none") return batch.isFinding ? undefined : void find();
       show(answer);
       if (answer.state === "running") batch.timer = setTimeout(ask, ASK_MS);
     }
@@ -58,7 +58,7 @@
       if (text === batch.shown && body.childElementCount) return; // a fold that is open stays open
       batch.shown = text;
       body.replaceChildren(legend(), ...documents(answer.batch));
-      for (const box of body.querySelectorAll(".sb-fold")) if (box.scrollHeight <= box.clientHeight) box.nextElementSibling.hidden = true;
+      for (const box of body.querySelectorAll(".sb-fold")) if (box.clientHeight && box.scrollHeight <= box.clientHeight) box.nextElementSibling.hidden = true;
     }
 
     function documents(found) {

@@ -44,7 +44,7 @@
       if (answer.said) return by("view-body").replaceChildren(...(answer.facts ? [facts(answer)] : []), el("p", answer.said));
       by("view-body").replaceChildren(facts(answer), ...(view.mode === "tokens" ? tokens(answer) : texts(answer)));
       const box = by("view-body").querySelector(".sb-fold");
-      if (box && box.scrollHeight <= box.clientHeight) box.nextElementSibling.hidden = true; // all of it is there already
+      if (box && box.clientHeight && box.scrollHeight <= box.clientHeight) box.nextElementSibling.hidden = true; // all of it is there already
     }
 
     function profile(info) {
