@@ -1,0 +1,1 @@
+"""The parts of the training benchmark: `python -m benchmarks.train`."""
