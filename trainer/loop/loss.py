@@ -50,7 +50,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = _chunk_losses(h, w, bias, targets[piece], scale, softcap, losses[piece])
             d_logits_c = d_logits.to(compute)
             d_hidden[piece] = (d_logits_c @ w).float()
-            if d_weight is not None:
+            if d_weight is not None and compute == torch.float32:
+                d_weight.addmm_(d_logits_c.t(), h)  # no second matrix as large as the head
+            elif d_weight is not None:
                 d_weight += (d_logits_c.t() @ h).float()
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -98,11 +100,12 @@ def _chunk_losses(
     capped = torch.tanh(logits / softcap) if softcap is not None else None
     if capped is not None and softcap is not None:
         logits = capped * softcap
-    chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    normaliser = torch.logsumexp(logits, 1)
-    torch.sub(normaliser, chosen, out=losses)
-    d_logits = torch.exp(logits - normaliser.unsqueeze(1))
-    d_logits[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    # one kernel for normaliser and difference, then in place: each pass over n x V numbers costs as much as a small layer
+    log_probabilities = torch.log_softmax(logits, 1)
+    at = targets.unsqueeze(1)
+    torch.neg(log_probabilities.gather(1, at).squeeze(1), out=losses)
+    d_logits = log_probabilities.exp_()
+    d_logits.scatter_add_(1, at, d_logits.new_full((1, 1), -1.0).expand_as(at))
     if capped is not None:
         d_logits *= 1.0 - capped * capped
     return d_logits * scale if scale != 1.0 else d_logits
