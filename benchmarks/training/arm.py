@@ -57,6 +57,7 @@ def measure(work: Work) -> dict[str, Any]:
         "status": "measured",
         "step_s": clock.step_s,
         "total_s": sum(clock.step_s),
+        "cpu_s": clock.cpu_s,
         "whole_s": time.perf_counter() - started,
         "tokens": timed.tokens,
         "labels": timed.labels,

@@ -25,12 +25,19 @@ class Clock:
         self._waits = (warmup_steps, steps)
         self._first = warmup_steps
         self.ends: list[float] = []
+        self._cpu: list[float] = []
 
     def step_ended(self) -> None:
         """Call right after a step's update."""
         if self._cuda and len(self.ends) + 1 in self._waits:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self._cpu.append(time.process_time())
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of the timed steps, all threads: what other programs of a shared machine disturb less."""
+        return self._cpu[-1] - self._cpu[self._first - 1]
 
     @property
     def step_s(self) -> list[float]:

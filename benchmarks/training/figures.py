@@ -100,6 +100,7 @@ def ratios(results: list[dict[str, Any]], ours: str, peer: str) -> list[dict[str
         pairs = [(each[ours], each[peer]) for each in by_round.values() if ours in each and peer in each]
         if not pairs:
             continue
+        on_cpu = [(a["tokens"] / a["cpu_s"]) / (b["tokens"] / b["cpu_s"]) for a, b in pairs]
         values = [speeds(a, None)["tokens_per_s"] / speeds(b, None)["tokens_per_s"] for a, b in pairs]  # type: ignore[operator]
         lines.append(
             {
@@ -110,6 +111,7 @@ def ratios(results: list[dict[str, Any]], ours: str, peer: str) -> list[dict[str
                 "least": min(values),
                 "greatest": max(values),
                 "rounds": len(values),
+                "processor_ratio": statistics.median(on_cpu),
                 "memory_ratio": statistics.median(a["peak_gib"] / b["peak_gib"] for a, b in pairs),
                 "first_loss_difference": max(_relative(a["losses"][0], b["losses"][0]) for a, b in pairs),
                 "largest_loss_difference": max(

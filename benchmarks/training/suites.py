@@ -142,7 +142,7 @@ MIXED = "mixed rows, 8,192 tokens a step"
 SEED = "2,048 tokens a step"
 _SMALL = Case(
     name=f"{MIXED_CPU}, full", group=MIXED_CPU, model="small", method="full", checkpointing=False, precision="fp32",
-    steps=7, warmup_steps=1, max_length=2048, micro_rows=5, accumulation=2, packs=2, micro_packs=1,
+    steps=5, warmup_steps=1, max_length=2048, micro_rows=5, accumulation=2, packs=2, micro_packs=1,
 )  # fmt: skip
 
 

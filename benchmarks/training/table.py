@@ -53,7 +53,7 @@ def _line(line: dict[str, Any]) -> str:
 
 def _ratio(line: dict[str, Any]) -> str:
     said = f"  {line['ours']} / {line['peer']}: {line['ratio']:.2f}x [{line['least']:.2f} - {line['greatest']:.2f}]"
-    said += f", memory {line['memory_ratio']:.2f}x"
+    said += f", by processor time {line['processor_ratio']:.2f}x, memory {line['memory_ratio']:.2f}x"
     if line["same_steps"]:
         said += (
             f"; losses differ by {line['first_loss_difference']:.1e} at the first step, at most "
