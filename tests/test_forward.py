@@ -116,3 +116,16 @@ def test_a_document_does_not_change_when_its_neighbour_does() -> None:
         second = losses(loaded.model, assemble(mixed, np.arange(2), "cpu"), path)
     count = int(cache.labels(1)[1:].sum())
     torch.testing.assert_close(first[-count:], second[-count:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_forward_pass_looks_for_documents_in_the_positions(family, monkeypatch):
+    """Transformers does that with a branch on a value of the device: the host would wait for it in every forward pass."""
+    loaded = build(FAMILIES[family])
+    batch = assemble(random_rows(3, VOCABULARY, seed=1), np.arange(3), "cpu")
+    path = choose_path(loaded.model, batch, compute=torch.float32, autocast=None).path
+    assert path.way == "fused"
+    looked = []
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", looked.append)
+    losses(loaded.model, batch, path)
+    assert not looked

@@ -14,7 +14,7 @@ from trainer.data.loader import assemble
 from trainer.loop import optim
 from trainer.loop.forward import choose_path
 from trainer.loop.schedule import learning_rate
-from trainer.loop.step import Stepper, draw_seed
+from trainer.loop.step import Stepper, draw_seed, seed_draws
 from trainer.models import attention
 from trainer.models.load import Loaded
 
@@ -221,3 +221,12 @@ def test_optimizer_states_missing_from_a_checkpoint_are_refused_by_name():
     del saved[gone]
     with pytest.raises(ValueError, match=gone.split("/", 1)[1]):
         optim.restore(stepper.optimizer, stepper.named, saved)
+
+
+def test_seeding_the_draws_of_a_micro_batch_gives_the_draws_of_torch_manual_seed():
+    seed = draw_seed(1, 5, 2)
+    torch.manual_seed(seed)
+    wanted = torch.rand(8)
+    torch.manual_seed(0)
+    seed_draws(seed, "cpu")
+    assert torch.equal(torch.rand(8), wanted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -80,9 +80,17 @@ def forward(model: PreTrainedModel, batch: MicroBatch, path: Path) -> Found:
     with path.context(batch.ids.device.type):
         if path.way == "one row at a time":
             return _row_by_row(model, batch, asked)
-        whole = dict(
-            input_ids=batch.ids, position_ids=batch.positions, documents=batch.documents, use_cache=False, **asked
-        )
+        whole: dict[str, Any] = {
+            "input_ids": batch.ids,
+            "position_ids": batch.positions,
+            "documents": batch.documents,
+            "use_cache": False,
+            # four dimensions mean a mask that is made already: transformers would look for documents in the positions
+            # else, and the host would wait for the device in every forward pass. Our attention goes by `documents` and
+            # reads no mask.
+            "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.ids.device),
+            **asked,
+        }
         if path.way == "fused":
             assert path.head is not None
             out = model.base_model(**whole)
@@ -219,7 +227,9 @@ def _row_means(model: PreTrainedModel, batch: MicroBatch, path: Path) -> list[fl
     """Mean loss of each row with its router loss, or in words why this way does not work for the model."""
     try:
         found = forward(model, batch, path)
-    except (TypeError, NotImplementedError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, NotImplementedError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         return f"the model does not take it ({type(error).__name__}: {str(error)[:120]})"
     means = [float(found.labels[batch.label_row == number].mean()) for number in range(len(batch.rows))]
     if found.router is None or path.router is None:
