@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test long gpu check screenshots bench settings clean
+.PHONY: run test long gpu check screenshots bench bench-train settings clean
 
 # the environment is made again whenever the dependencies change
 $(VENV)/.run: pyproject.toml
@@ -41,6 +41,11 @@ screenshots: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.page
+
+# training speed beside transformers and TRL, on this machine's GPU or else its processor; about ten minutes
+bench-train: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks.train --peers hf,trl
 
 settings: $(VENV)/.run
 	$(BIN)/python -m trainer.settings_doc > docs/settings.md

@@ -7,6 +7,7 @@ the disk as soon as it is there. No torch here: the driver would be a guest on t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.training.conditions import conditions, describe
 from benchmarks.training.figures import summary
-from benchmarks.training.suites import PEERS, Arm, Suite, suite
+from benchmarks.training.suites import NEEDS, PEERS, Arm, Suite, suite
 from benchmarks.training.table import compared, text
 from trainer.machine import machine
 
@@ -39,7 +40,6 @@ class Bench:
     output: Path
     device: str
     threads: int
-    environment: dict[str, str] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     rows: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -74,7 +74,11 @@ class Bench:
         cases = self.suite.cases_of(group, arm)
         if not cases:
             return
+        if (why := impossible(arm, self.device)) is not None:
+            self.results += [{"case": c.name, "arm": arm.name, "status": why, "round": number} for c in cases]
+            return
         out = self.folder / f"{number}-{len(self.results)}.jsonl"
+        out.unlink(missing_ok=True)
         request = {
             "arm": vars(arm),
             "cases": [vars(case) for case in cases],
@@ -106,7 +110,6 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "TRANSFORMERS_VERBOSITY": "error",
-            **self.environment,
         }
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -144,6 +147,14 @@ class Bench:
         staging.write_text(json.dumps(everything, indent=1) + "\n")
         staging.replace(self.output)
         return everything
+
+
+def impossible(arm: Arm, device: str) -> str | None:
+    """Why this arm cannot be measured here, or None."""
+    if arm.peer == "liger" and device == "cpu":
+        return "not possible on a CPU"
+    package = NEEDS.get(arm.peer)
+    return "not installed" if package is not None and importlib.util.find_spec(package) is None else None
 
 
 def _arguments() -> argparse.Namespace:

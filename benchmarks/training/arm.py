@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -22,21 +21,11 @@ import torch
 from benchmarks.training.clock import Clock, Peak
 from benchmarks.training.data import plan_for
 from benchmarks.training.figures import Timed, model_flops
-from benchmarks.training.suites import NEEDS, SHAPES, Arm, Case
+from benchmarks.training.suites import SHAPES, Arm, Case
 from benchmarks.training.work import Work
 from trainer.data.tokens import TokenCache
 
 MODULES = {"hf": "peers", "liger": "peers", "trl": "peer_trl", "ours": "ours"}
-
-
-def impossible(arm: Arm, device: str) -> str | None:
-    """Why this arm cannot be measured here, or None."""
-    if arm.peer == "liger" and device == "cpu":
-        return "not possible on a CPU"
-    package = NEEDS.get(arm.peer)
-    if package is not None and importlib.util.find_spec(package) is None:
-        return "not installed"
-    return None
 
 
 def measure(work: Work) -> dict[str, Any]:
@@ -101,8 +90,7 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     with open(request["out"], "a", encoding="utf-8") as out:
         for case in (Case(**each) for each in request["cases"]):
-            why = impossible(arm, request["device"])
-            result = {"status": why} if why else one(arm, case, request)
+            result = one(arm, case, request)
             out.write(json.dumps({"case": case.name, "arm": arm.name, **result}) + "\n")
             out.flush()
             gc.collect()
