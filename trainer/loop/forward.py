@@ -85,12 +85,13 @@ def forward(model: PreTrainedModel, batch: MicroBatch, path: Path) -> Found:
             "position_ids": batch.positions,
             "documents": batch.documents,
             "use_cache": False,
+            **asked,
+        }
+        if not asked:  # a router loss of the model's own counts tokens in the mask
             # four dimensions mean a mask that is made already: transformers would look for documents in the positions
             # else, and the host would wait for the device in every forward pass. Our attention goes by `documents` and
             # reads no mask.
-            "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.ids.device),
-            **asked,
-        }
+            whole["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=batch.ids.device)
         if path.way == "fused":
             assert path.head is not None
             out = model.base_model(**whole)
