@@ -87,7 +87,8 @@ def forward(model: PreTrainedModel, batch: MicroBatch, path: Path) -> Found:
             "use_cache": False,
             **asked,
         }
-        if not asked:  # a router loss of the model's own counts tokens in the mask
+        # a router loss of the model's own counts tokens in the mask, and an attention of its own reads it
+        if not asked and model._supports_attention_backend:
             # four dimensions mean a mask that is made already: transformers would look for documents in the positions
             # else, and the host would wait for the device in every forward pass. Our attention goes by `documents` and
             # reads no mask.
