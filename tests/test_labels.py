@@ -126,7 +126,7 @@ def template_used(family: str, profile: str | None) -> str:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=conversations)
 def test_labels_in_the_collated_tensors_are_the_answers_and_their_ends(
     family: str,

@@ -280,11 +280,13 @@ def test_profiles_choose_their_template_and_their_texts_come_back(name: str) -> 
         assert labelled(row) == messages[-1]["content"] + "<|im_end|>"
 
 
-def test_a_model_without_a_template_gets_plain_chatml_with_its_own_end_token() -> None:
-    template, note = template_for(tokenizer(), None)
-    assert template == PLAIN_CHATML and "no chat template" in note
+def test_a_model_without_a_template_is_refused_or_gets_plain_chatml_as_asked_with_its_own_end_token() -> None:
+    with pytest.raises(Refusal, match="no chat template") as caught:
+        template_for(tokenizer(), None)
+    assert caught.value.field == "data.chat_template"
+    assert template_for(tokenizer(), None, "chatml") == (PLAIN_CHATML, "")
     piece = tokenizer("sentence_piece")
-    template, _ = template_for(piece, None)
+    template, _ = template_for(piece, None, "chatml")
     row = Renderer(piece, template, DATE).render(talk("hi", "the"))
     assert row.ids[-2 - row.labels[::-1].index(True) :].count(piece.eos_token_id) == 1
     assert labelled(row, "sentence_piece") == "the</s>"
@@ -296,7 +298,7 @@ def test_a_model_without_a_template_gets_plain_chatml_with_its_own_end_token() -
     with pytest.raises(Refusal, match="could not end"):
         nothing = templates.sentence_piece()
         nothing.eos_token = None
-        template_for(nothing, None)
+        template_for(nothing, None, "chatml")
 
 
 def test_a_prompt_is_the_beginning_of_the_training_row() -> None:

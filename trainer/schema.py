@@ -93,6 +93,12 @@ class DataSettings(Section):
         "Conversations over the maximum length: cut, drop, or refuse. Plain text is split, never cut.",
         "What",
     )
+    chat_template: Literal["model", "chatml"] = setting(
+        "model",
+        "Chat template",
+        "How turns are put together: the model's own way, or plain ChatML for models that have none.",
+        "What",
+    )
     seed: Count = setting(
         42,
         "Seed",

@@ -76,6 +76,7 @@ class Operations:
         too_long: str,
         profiles_root: str | None = None,
         piece: int | None = None,
+        chat_template: str = "model",
     ) -> dict[str, Any]:
         """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind.
 
@@ -98,7 +99,7 @@ class Operations:
                 return view | _text_view(found, Path(path).name, tokenizer, profile, max_length, piece)
             view["after"] = shaper.shape(found.messages, found.index)
             tokenizer = self._load_tokenizer(model_path)
-            template, template_note = template_for(tokenizer, shaper.profile)
+            template, template_note = template_for(tokenizer, shaper.profile, chat_template)
             rendered = Renderer(tokenizer, template, date).render(view["after"])
         except Refusal as refusal:
             if refusal.field is not None:

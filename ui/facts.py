@@ -35,7 +35,7 @@ from ui.site import Site
 CHECK_LIMIT_S = 3600.0
 RUNS_LOOKED_AT = 30
 DATA_KEYS = [
-    "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt",
+    "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt", "data.chat_template",
     "hyperparams.max_length",
 ]  # fmt: skip
 
@@ -145,6 +145,7 @@ def data_fact(site: Site, config: Config) -> DataFact | None:
         "profile": config.profile.name,
         "profiles_root": str(site.workspace.profiles),
         "system_prompt": config.profile.system_prompt,
+        "chat_template": config.data.chat_template,
         "date": datetime.date.today().isoformat(),
         "max_length": config.hyperparams.max_length,
     }

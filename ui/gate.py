@@ -113,6 +113,8 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
         cure = _go(key[0])
         if fact.refusal_field == "profile.name":
             cure, key = Action("No profile", "set", values={"profile.name": ""}), (*key, "profile.name")
+        elif fact.refusal_field == "data.chat_template":
+            cure, key = Action("Plain ChatML", "set", values={fact.refusal_field: "chatml"}), (*key, fact.refusal_field)
         return [GateLine("data", "problem", fact.refusal, (cure,), key, True)]
     stale = changed_titles(fact.judged, config)
     if fact.state == "checking":

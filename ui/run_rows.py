@@ -63,6 +63,7 @@ def text_of_row(workspace: Workspace, worker: Worker, run: RunDir, row: int) -> 
         too_long=config["data"]["too_long"],
         profiles_root=str(workspace.profiles),
         piece=piece,
+        chat_template=config["data"].get("chat_template", "model"),
     )
     return {"messages": [{"role": message["role"], "content": message["content"]} for message in view["after"]]}
 

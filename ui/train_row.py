@@ -54,6 +54,7 @@ def row_request(site: Site, config: Config) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "max_length": config.hyperparams.max_length,
         "too_long": config.data.too_long,
+        "chat_template": config.data.chat_template,
         "profiles_root": str(site.workspace.profiles),
     }
 

@@ -54,6 +54,7 @@ class Builder:
         self.problems: list[dict[str, Any]] = []
         self.longest = 0
         self.longest_uncut = 0
+        self.largest_id = 0
         self.too_long: list[str] = []
 
     def run(self, key: str, progress: Progress) -> None:
@@ -83,7 +84,9 @@ class Builder:
     @cached_property
     def renderer(self) -> Renderer:
         """The renderer of conversations, made for the first of them."""
-        self.template, self.template_note = template_for(self.tokenizer, self.shaper.profile)
+        self.template, self.template_note = template_for(
+            self.tokenizer, self.shaper.profile, self.request.chat_template
+        )
         return Renderer(self.tokenizer, self.template, self.request.date)
 
     @cached_property
@@ -147,6 +150,9 @@ class Builder:
             self._problem(file_number, row.line, "template", line_sentence(row.line, refusal))
             return
         pieces = pieces_of(ids, self.request.max_length)
+        if len(ids) < 2:  # the tokenizer makes nothing of this text: its end alone cannot be predicted
+            self.count["rows_without_labels"] += 1
+            return
         for number, piece in enumerate(pieces):
             self._write(file_number, row, piece, labels_of(piece), piece=number, cut=0)
         self.count.update(documents=1, pieces=len(pieces))
@@ -160,6 +166,7 @@ class Builder:
         self.count.update(rows=1, tokens=len(ids), labels=sum(labels))
         self.offsets.append([self.count["tokens"]])
         self.longest = max(self.longest, len(ids))
+        self.largest_id = max(self.largest_id, max(ids))
 
     def _problem(self, file_number: int, line: int, code: str, message: str) -> None:
         self.count["rows_skipped"] += 1
@@ -179,7 +186,7 @@ class Builder:
         found = (
             (self.count["rows_skipped"], "with problems"),
             (dropped, f"longer than {limit:,} tokens"),
-            (self.count["rows_without_labels"], f"with no answer in the first {limit:,} tokens"),
+            (self.count["rows_without_labels"], f"with no token to learn in the first {limit:,}"),
         )
         what = ", ".join(f"{number:,} {text}" for number, text in found if number) or "there is none"
         first = f" {self.problems[0]['message']}" if self.problems else ""
@@ -196,6 +203,7 @@ class Builder:
             **{name: self.count[name] for name in names},
             "longest": self.longest,
             "longest_uncut": self.longest_uncut,
+            "largest_id": self.largest_id,
             "problems": self.problems,
             "problem_counts": dict(self.problem_counts),
             "notes": dict(self.notes),

@@ -44,6 +44,7 @@ def check_data(
     system_prompt: str = "",
     date: str = "1970-01-01",
     max_length: int | None = None,
+    chat_template: str = "model",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -67,28 +68,32 @@ def check_data(
             progress(tally.bytes, max(tally.bytes, size))
     result = checkup.result() | {"bytes": tally.bytes, "sha256": tally.hexdigest()}
     if tokenizer is not None and checkup.usable:
-        result |= _measured(checkup, shaper, tokenizer, date, max_length, result["warnings"])
+        if checkup.turns:
+            template, note = template_for(tokenizer, shaper.profile, chat_template)
+            renderer = Renderer(tokenizer, template, date)
+        else:
+            renderer, note = None, ""
+        measured = _measured(checkup.sample(), checkup.documents, shaper, tokenizer, renderer, max_length)
+        result["warnings"] += measured.pop("warnings")
+        result |= measured | {"template_note": note}
     return result
 
 
 def _measured(
-    checkup: _Checkup, shaper: Shaper, tokenizer: Any, date: str, max_length: int | None, warnings: list[dict[str, Any]]
+    sample: Sampled, documents: int, shaper: Shaper, tokenizer: Any, renderer: Renderer | None, max_length: int | None
 ) -> dict[str, Any]:
-    """The part of the report that needs a tokenizer; adds to `warnings`."""
+    """The part of the report that needs a tokenizer; `documents` in the whole file, `renderer` None without any talk."""
     found = _Lengths(max_length)
-    sample, note = checkup.sample(), ""
+    warnings: list[dict[str, Any]] = []
     talks = [(index, row) for index, row in sample if not isinstance(row, str)]
-    if talks:
-        template, note = template_for(tokenizer, shaper.profile)
-        warnings += _measure_talks(found, talks, shaper, Renderer(tokenizer, template, date))
+    if talks and renderer is not None:
+        warnings += _measure_talks(found, talks, shaper, renderer)
     texts = [row for _, row in sample if isinstance(row, str)]
     if texts:
         warnings += _measure_texts(found, texts, TextEncoder(tokenizer, own_template(tokenizer)))
-    pieces = None
-    if found.documents and max_length:
-        pieces = round(found.pieces / found.documents * checkup.documents)
+    pieces = round(found.pieces / found.documents * documents) if found.documents and max_length else None
     share = found.labels / sum(found.lengths) if found.lengths else None
-    return {"lengths": found.result(), "label_share": share, "pieces": pieces, "template_note": note}
+    return {"lengths": found.result(), "label_share": share, "pieces": pieces, "warnings": warnings}
 
 
 class _Checkup:

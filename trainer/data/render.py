@@ -202,15 +202,21 @@ def own_template(tokenizer: Any) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def template_for(tokenizer: Any, profile: Any | None) -> tuple[str, str]:
+def template_for(tokenizer: Any, profile: Any | None, choice: str = "model") -> tuple[str, str]:
     """(chat template to render with, a sentence about it or ""); `profile` as in profiles.contract, or None.
 
-    Plain ChatML where the model has no template, and where its template writes thinking blocks while the
-    profile brings signs of its own. Raises Refusal when such a tokenizer has no token to end a turn with.
+    Plain ChatML where `choice` says "chatml", and where the model's template writes thinking blocks while the
+    profile brings signs of its own. Raises Refusal when there is no template, or no token to end a turn with.
     """
+    if choice == "chatml":
+        return _plain_chatml(tokenizer), ""
     own = own_template(tokenizer)
     if own is None:
-        return _plain_chatml(tokenizer), "The model has no chat template; plain ChatML is used."
+        raise Refusal(
+            "The model has no chat template, so it is not known how its conversations are put together. "
+            "Use plain ChatML (--set data.chat_template=chatml), or choose a model that has one.",
+            "data.chat_template",
+        )
     if profile is not None and profile.plain_template and any(word in own for word in _THINK_WORDS):
         use = f"with the profile {profile.name}, plain ChatML is used"
         return _plain_chatml(tokenizer), f"The model's chat template writes thinking blocks; {use}."

@@ -45,6 +45,7 @@ class TokenRequest:
     max_length: int
     too_long: Literal["cut", "drop", "refuse"]
     profiles_root: str | None = None
+    chat_template: Literal["model", "chatml"] = "model"
 
     def key(self) -> str:
         """The name of the cache: a hash of all that can move a token; reads the files. Raises Refusal."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainer.data.conversation import printable
 from trainer.data.loader import MicroBatch, assemble
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
@@ -21,7 +22,7 @@ from trainer.loop.forward import Choice, choose_path, losses
 from trainer.loop.step import Stepper
 from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
-from trainer.models.load import DTYPES, Loaded, is_adapter, load_model
+from trainer.models.load import DTYPES, Loaded, is_adapter, load_model, refuse_non_finite
 from trainer.models.lora import add_lora, continue_lora, targets_line
 from trainer.refusal import Refusal
 from trainer.schema import Config
@@ -119,6 +120,7 @@ def tokenise(
         "date": prompt.date,
         "max_length": config.hyperparams.max_length,
         "too_long": config.data.too_long,
+        "chat_template": config.data.chat_template,
         "profiles_root": str(roots[1]),
     }
     try:
@@ -234,6 +236,7 @@ def build_model(
         f"Model loaded: {config.display_name}, {loaded.model.num_parameters() / 1e6:.1f} M weights, "
         f"{precision.name}, on {machine_name}."
     )
+    refuse_foreign_ids(loaded, cache, source)
     trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
     for what in approximations(config.model_dump(), device != "cpu"):
         say(f"Approximate: {what}. Small updates can round to nothing; the curve is not that of exact weights.")
@@ -265,6 +268,19 @@ def build_model(
     return Model(loaded, trained, load_tokenizer(source), precision, choice, stepper)
 
 
+def refuse_foreign_ids(loaded: Loaded, cache: TokenCache, source: Path) -> None:
+    """Raise Refusal where a token of the data has no row in the model's embedding."""
+    embedding: Any = loaded.model.get_input_embeddings()
+    rows, largest = embedding.weight.shape[0], cache.meta["largest_id"]
+    if largest >= rows:
+        name = printable(str(load_tokenizer(source).convert_ids_to_tokens(largest)), 40)
+        raise Refusal(
+            f"The data has the token {largest:,} ('{name}'), but the model's vocabulary ends at {rows - 1:,}. "
+            "Its tokenizer belongs to another model: download the folder again.",
+            "model_path",
+        )
+
+
 def _what_is_trained(config: Config, loaded: Loaded, source: Path, *, resumed: bool, say: Say) -> nn.Module:
     """The model itself, or an adapter on it: a new one, or the one in `source`."""
     if config.hyperparams.method == "full":
@@ -273,6 +289,7 @@ def _what_is_trained(config: Config, loaded: Loaded, source: Path, *, resumed: b
         if not resumed:
             say("The adapter is trained on as it is: its own rank, alpha and targets, not those of the settings.")
         trained = continue_lora(loaded.model, source)
+        refuse_non_finite(trained, "adapter")
     else:
         trained = add_lora(
             loaded.model,

@@ -115,6 +115,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         resume_from=found.path / checkpoint.MODEL if found else None,
         team=around.team,
     )
+    prepare.refuse_foreign_ids(model.loaded, tokens.held_out, Path(config.model_path))
     facts = _facts(around, config, tokens, plan)
     h = config.hyperparams
     progress = Progress(packs_each=h.batch_size, checkpointing=h.use_gradient_checkpointing)
@@ -202,6 +203,8 @@ def _announce(around: Surroundings, config: Config, tokens: prepare.Tokens, plan
         rows_per_step=h.rows_per_step,
         waste=lost,
     )
+    if config.eval.eval_strategy != "no" and config.data.validation_split > 0 and not len(plan.held_out):
+        around.say("Nothing is held out, since there is only one row: there will be no held-out loss.")
     packed = f", packs {100 * (1 - lost):.1f} % full" if lost is not None else ""
     around.say(
         f"Plan: {plan.total_steps:,} steps of {h.rows_per_step} {'packs' if packed else 'rows'}, "

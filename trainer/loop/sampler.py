@@ -58,6 +58,7 @@ def messages_as_trained(
         date=prompt.date,
         max_length=config.hyperparams.max_length,
         too_long=config.data.too_long,
+        chat_template=config.data.chat_template,
         profiles_root=str(user_profiles),
     )
     return view["after"]

@@ -62,7 +62,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
         )
     if not quantise:
         model = model.to(device)
-    _refuse_non_finite(model)
+    refuse_non_finite(model, "model")
     return Loaded(model, function, base)
 
 
@@ -100,8 +100,8 @@ def _from_files(base: Path, dtype: torch.dtype, attention_name: str, extra: dict
     )
 
 
-def _refuse_non_finite(model: PreTrainedModel) -> None:
-    """A NaN in a weight trains nothing but NaN, and nothing else in the libraries would say so."""
+def refuse_non_finite(model: torch.nn.Module, what: str) -> None:
+    """Raise Refusal that names the tensor: a NaN in a weight trains nothing but NaN, and nothing else would say so."""
     checked = [(name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()]
     if not checked:
         return
@@ -109,7 +109,7 @@ def _refuse_non_finite(model: PreTrainedModel) -> None:
     bad = [name for (name, _), good in zip(checked, finite, strict=True) if not good]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise Refusal(f"The model has NaN or infinite weights: {bad[0]}{more}. Download it again.", "model_path")
+        raise Refusal(f"The {what} has NaN or infinite weights: {bad[0]}{more}. Download it again.", "model_path")
 
 
 def _forget_kernels(config: PreTrainedConfig) -> None:
