@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,14 @@ def test_the_suffix_of_a_long_name_is_kept() -> None:
     assert safe_name("x" * 300 + ".jsonl").endswith("x.jsonl")
     assert safe_name("C:\\data\\rows.jsonl") == "rows.jsonl"
     assert safe_name("manifest.json") == "data-manifest.json"
+
+
+def test_what_a_killed_addition_left_is_removed_a_day_later(workspace: Workspace, tmp_path: Path) -> None:
+    old, young = (workspace.datasets_dir / f".staging-{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "half.jsonl").write_text("{")
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    workspace.add_dataset(tmp_path / "rows.jsonl", "rows.jsonl")
+    assert not old.exists() and young.exists()

@@ -8,7 +8,8 @@ engine. Torch-free.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +33,7 @@ from trainer.fields import (
     unknown,
 )
 from trainer.legacy import modern
+from trainer.refusal import Refusal
 from trainer.schema import Config
 from trainer.values import as_text, nested, parse_set, parse_value
 
@@ -264,12 +266,25 @@ def diff(a: Config, b: Config) -> list[Change]:
 def save(path: Path, sparse: dict[str, Any]) -> Config:
     """Write a config file, after a backup of the one it replaces; returns the settings it stands for.
 
-    Raises ConfigError, and leaves the file as it was, when the settings cannot be used.
+    Raises ConfigError, and leaves the file as it was, when the settings cannot be used; Refusal when the disk refuses.
     """
     config = resolve(sparse)
-    _back_up(path)
-    files.write_json(path, sparse)
+    with _in_words(path):
+        _back_up(path)
+        files.write_json(path, sparse)
     return config
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """A disk that refuses becomes a Refusal; a config is replaced in one step, so the one before is still there or backed up."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Refusal(
+            f"{path.stem} could not be saved: {reason}. The version before is kept. Mend that, then save again."
+        ) from None
 
 
 def backups(path: Path) -> list[Path]:
@@ -282,9 +297,10 @@ def restore(backup: Path, path: Path) -> None:
     """Put a backup back in place; what it replaces is backed up first, so that nothing is lost."""
     if backup not in backups(path):
         raise ConfigError([FieldProblem("", f"{backup.name} is not a backup of {path.name}.")])
-    content = backup.read_bytes()
-    _back_up(path)
-    files.write_bytes(path, content)
+    with _in_words(path):
+        content = backup.read_bytes()
+        _back_up(path)
+        files.write_bytes(path, content)
 
 
 def _backup_folder(path: Path) -> Path:

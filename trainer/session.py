@@ -59,9 +59,9 @@ def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = Fal
     `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate.
     """
     lock = locks.FileLock(run.lock)
-    if not lock.acquire({"owner": owner, "pid": os.getpid()}):
-        raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
     try:
+        if not lock.acquire({"owner": owner, "pid": os.getpid()}):
+            raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
         control.clear(run.control)  # a stop left for an earlier life must not end this one
         past = list(all_events(run.events))
         lives = sum(event["kind"] in ("started", "resumed", "rewind") for event in past)

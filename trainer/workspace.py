@@ -29,6 +29,8 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 _DATASET_ID = re.compile(r"[0-9a-f]{16}")
 _NAME_CHARACTERS = 80
 _CHUNK_BYTES = 2**20
+_STAGING = ".staging-"
+_LEFT_OVER_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,9 @@ class Workspace:
         that this one mends. Raises Refusal when the file is empty or cannot be read or stored.
         """
         name = safe_name(original_name)
-        staging = self.datasets_dir / f".staging-{secrets.token_hex(6)}"
+        staging = self.datasets_dir / f"{_STAGING}{secrets.token_hex(6)}"
         try:
+            _sweep(self.datasets_dir)
             make_private_dir(staging)
             with open(uploaded, "rb") as source:
                 digest, size = _copy_hashed(source, staging / name)
@@ -205,7 +208,10 @@ class Workspace:
             write_json(staging / "manifest.json", manifest)
             self._put_in_place(staging, dataset_id)
         except OSError as error:
-            raise Refusal(f"Cannot add {name}: {error.strerror or error}. Nothing was changed.") from None
+            reason = error.strerror or str(error)
+            raise Refusal(
+                f"Cannot add {name}: {reason}. Other data is as it was. Mend that, then add it again."
+            ) from None
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         info = _read_dataset(self.datasets_dir / dataset_id)
@@ -262,6 +268,17 @@ def safe_name(text: str) -> str:
     while len(kept.encode("utf-8", "replace")) > 240:  # a name is at most 255 bytes on common file systems
         kept = kept[:-1]
     return "data-manifest.json" if kept.lower() == "manifest.json" else kept
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what additions left there whose process was killed; one of today may still be at work."""
+    for path in folder.glob(f"{_STAGING}*"):
+        try:
+            left_over = time.time() - path.stat().st_mtime > _LEFT_OVER_S
+        except FileNotFoundError:  # an addition at work, which has just put it in place
+            continue
+        if left_over:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_zero_byte(text: str, what: str) -> None:

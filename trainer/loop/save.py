@@ -137,9 +137,10 @@ class Saver:
                 text=f"Saving step {shot.step} went wrong: {error.strerror or error}",
             )
         except Exception as error:  # a thread's edge: safetensors and transformers raise types of their own
-            self._error = OSError(0, f"{type(error).__name__}: {error}")
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            self._error = OSError(0, first)
             self._events.append(
-                "alert", code="save", step=shot.step, text=f"Saving step {shot.step} went wrong: {error}"
+                "alert", code="save", step=shot.step, text=f"Saving step {shot.step} went wrong: {first}"
             )
         else:
             self._prune(shot.step, pinned)

@@ -1,0 +1,259 @@
+"""Every file call of a save, a resume, a prune, an upload and a saved config, failed or made the last; and again in the recovery.
+
+After each: what was acknowledged is whole and unchanged, nothing half-written stands under a final name, the error is words,
+and the same thing done again, on a disk that works, succeeds. `make test` fails each call in one of the ways, `make long` in all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.sweeps import HOWS, Case, Root, calls_of, fresh, in_words, outcome, sweep
+from trainer import checkpoint, config, session
+from trainer.events import EventLog, all_events
+from trainer.files import read_json, write_json
+from trainer.metrics import COLUMNS, MetricsWriter, read_records
+from trainer.run import RunDir, create_run
+from trainer.session import open_life
+from trainer.telemetry import Telemetry
+from trainer.workspace import Workspace
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync is counted and failed here, and need not take its time: what it is for is shown by tests/test_power_loss.py."""
+    monkeypatch.setattr(os, "fsync", os.fstat)
+
+
+# -- checkpoints: small files in place of tensors, the code around them is the product's
+
+
+def save(root: Root, step: int, keep: int = 2, pinned: tuple[int, ...] = ()) -> None:
+    """One save as the saver does it: staged, sealed, acknowledged by an event, the old ones pruned."""
+    folder = root / "checkpoints"
+    staging = checkpoint.new_staging(folder, step)
+    (staging / "model").mkdir()
+    for name in ("model/model.safetensors", "model/config.json", "optimizer.safetensors"):
+        (staging / name).write_bytes(f"{name} of {step}".encode() * 40)
+    write_json(staging / "state.json", {"format": 1, "step": step})
+    size = checkpoint.seal(staging, step)
+    events = EventLog(root / "events.jsonl")
+    events.append("checkpoint", step=step, bytes=size)
+    events.close()
+    checkpoint.prune(folder, keep, {step, *pinned})
+
+
+def three_saved(root: Root) -> None:
+    for step in (1, 2, 3):
+        save(root, step, keep=9)
+
+
+def checkpoints_held(root: Root, keep: int = 2, pinned: tuple[int, ...] = ()) -> None:
+    """The newest `keep` of what was acknowledged are whole, and so is the pinned one and all that has a final name."""
+    checkpoint.put_back(root / "checkpoints")
+    acknowledged = [event["step"] for event in all_events(root / "events.jsonl") if event["kind"] == "checkpoint"]
+    assert acknowledged[:3] == [1, 2, 3], "events of before"
+    there = dict(checkpoint.listed(root / "checkpoints"))
+    for step, path in there.items():
+        assert checkpoint.verify(path) == [], f"step {step} is visible and not whole"
+        assert (path / "optimizer.safetensors").read_bytes() == f"optimizer.safetensors of {step}".encode() * 40
+    kept = sorted(there)[-keep:]  # one that was saved and not yet acknowledged counts: it is as good
+    lost = {
+        step for step in acknowledged if step not in there and (step in pinned or step > kept[0] or len(kept) < keep)
+    }
+    assert not lost, f"lost: {lost} of {acknowledged}, there: {sorted(there)}"
+    assert checkpoint.newest_verified(root / "checkpoints").step >= max(acknowledged)
+
+
+def swept(root: Root, *steps: int) -> None:
+    assert sorted(path.name for path in (root / "checkpoints").iterdir()) == [f"step_{step:08d}" for step in steps]
+
+
+def prune(root: Root) -> None:
+    checkpoint.prune(root / "checkpoints", 1, {1})
+
+
+def keep_three(root: Root) -> None:
+    checkpoints_held(root, 3)
+
+
+def keep_newest_and_first(root: Root) -> None:
+    checkpoints_held(root, 1, (1,))
+
+
+SAVE = Case("save", three_saved, lambda root: save(root, 4), checkpoints_held, lambda root: swept(root, 3, 4))
+AGAIN = Case("save again", three_saved, lambda root: save(root, 3, 3), keep_three, lambda root: swept(root, 1, 2, 3))
+PRUNE = Case("prune", three_saved, prune, keep_newest_and_first, keep_newest_and_first)
+
+
+# -- a resume, as far as it touches files before the model is loaded
+
+
+def cut_off_run(root: Root) -> None:
+    """A run that was killed: two good checkpoints, one that stands aside, a torn event, two and a half records."""
+    run = create_run(root, {"config": {}, "model": {}}, output=root / "run")
+    three_saved(run.path)
+    final = checkpoint.directory_of(run.checkpoints, 3)
+    final.rename(final.with_name(f"{checkpoint.REPLACED}{final.name}"))
+    writer = MetricsWriter(run.metrics, run.rows)
+    for step in (1, 2, 3):
+        writer.step({**dict.fromkeys(COLUMNS, 0.0), "step": step}, [(step, 1.0, 1)])
+    writer.close()
+    with open(run.metrics, "r+b") as file:
+        file.truncate(run.metrics.stat().st_size - 9)
+    with open(run.events, "ab") as file:
+        file.write(b'{"n":4,"kind":"lo')
+
+
+def take_up(root: Root) -> checkpoint.Found | None:
+    run = RunDir(root / "run")
+    try:
+        life = open_life(run, "test", resumed=True)
+    except OSError as error:
+        raise AssertionError("the page's handler must get a Refusal") from error
+    try:
+        found = session._where_to_go_on(run, lambda text: None)
+        if found is not None:
+            checkpoint.read_state(found.path)
+        Telemetry(run.telemetry, None, None)._sample()
+        writer = MetricsWriter(run.metrics, run.rows, life.number)
+        writer.step({**dict.fromkeys(COLUMNS, 0.0), "step": 4}, [(4, 1.0, 1)])
+        writer.close()
+        life.events.append("running", step=3)
+    finally:
+        life.close()
+    return found
+
+
+def run_held(root: Root) -> None:
+    run = RunDir(root / "run")
+    checkpoints_held(run.path, 3)
+    steps = [int(record["step"]) for record in read_records(run.metrics)]
+    assert steps[:2] == [1, 2] and set(steps[2:]) <= {4}
+    numbers = [event["n"] for event in all_events(run.events)]
+    assert numbers == sorted(set(numbers)) and numbers[:3] == [1, 2, 3]
+
+
+def taken_up(root: Root) -> None:
+    found = take_up(root)
+    assert found is not None and found.step == 3 and found.passed_over == ()
+    assert all_events(RunDir(root / "run").events)[-1]["kind"] == "running"
+
+
+RESUME = Case("resume", cut_off_run, take_up, run_held, taken_up)
+
+
+# -- the page's files
+
+
+ROWS = b'{"messages": []}\n' * 3000
+
+
+def workspace_with_data(root: Root) -> None:
+    Workspace(root).create()
+    (root / "old.jsonl").write_bytes(ROWS[:400])
+    Workspace(root).add_dataset(root / "old.jsonl", "old.jsonl")
+    (root / "uploads" / "new.part").write_bytes(ROWS)
+
+
+def upload(root: Root) -> None:
+    Workspace(root).add_dataset(root / "uploads" / "new.part", "new.jsonl")
+
+
+def data_held(root: Root) -> None:
+    known = {info.name: info for info in Workspace(root).datasets()}
+    assert known["old.jsonl"].path.read_bytes() == ROWS[:400]
+    assert known.keys() <= {"old.jsonl", "new.jsonl"}
+    if "new.jsonl" in known:
+        assert known["new.jsonl"].path.read_bytes() == ROWS
+
+
+def uploaded(root: Root) -> None:
+    data_held(root)
+    assert len(Workspace(root).datasets()) == 2
+
+
+UPLOAD = Case("upload", workspace_with_data, upload, data_held, uploaded, refuses=True)
+
+
+def with_config(root: Root) -> None:
+    config.save(root / "mine.json", {"hyperparams": {"learning_rate": 1e-4}})
+    config.save(root / "mine.json", {"hyperparams": {"learning_rate": 2e-4}})
+
+
+def save_config(root: Root) -> None:
+    config.save(root / "mine.json", {"hyperparams": {"learning_rate": 3e-4}})
+
+
+def rates(root: Root) -> list[float]:
+    """Learning rates of the config and of its versions, newest first."""
+    files = [root / "mine.json", *config.backups(root / "mine.json")]
+    return [read_json(file)["hyperparams"]["learning_rate"] for file in files]
+
+
+def config_held(root: Root) -> None:
+    now, *before = rates(root)
+    assert now in (2e-4, 3e-4) and before[-1] == 1e-4
+    assert now == 2e-4 or 2e-4 in before
+
+
+CONFIG = Case("config", with_config, save_config, config_held, config_held, refuses=True)
+
+CASES = (SAVE, AGAIN, PRUNE, RESUME, UPLOAD, CONFIG)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_file_call_failed_once_loses_nothing(case: Case, tmp_path: Path) -> None:
+    assert sweep(case, tmp_path, thorough=False) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_file_call_failed_in_every_way_loses_nothing(case: Case, tmp_path: Path) -> None:
+    print(case.name, sweep(case, tmp_path, thorough=True))
+
+
+def recover(root: Root) -> None:
+    """What the next life does after a kill: put back, find, go on to the next save."""
+    checkpoint.put_back(root / "checkpoints")
+    found = checkpoint.newest_verified(root / "checkpoints")
+    save(root, found.step + 1)
+
+
+def compound(tmp_path: Path, case: Case, stride: int, more: int) -> int:
+    """Kill at every call of the case, then fail every call of the recovery; every `stride`th and every `more`th."""
+    template, broken = tmp_path / "template", tmp_path / "broken"
+    template.mkdir()
+    case.prepare(template)
+    root = fresh(tmp_path, template)
+    count, tries = calls_of(root, case.work).seen, 0
+    for first in range(1, count + 1, stride):
+        root = fresh(tmp_path, template)
+        outcome(root, case.work, first, "kill")
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(root, broken)
+        calls = calls_of(root, recover).seen
+        for second in range(1 + first % more, calls + 1, more):
+            how = HOWS[(first + second) % len(HOWS)]
+            root = fresh(tmp_path, broken)
+            in_words(outcome(root, recover, second, how))
+            checkpoints_held(root)
+            recover(root)
+            checkpoints_held(root)
+            tries += 1
+    return tries
+
+
+@pytest.mark.parametrize("case", [SAVE, AGAIN], ids=lambda case: case.name)
+def test_a_fault_in_the_recovery_from_a_kill_loses_nothing(case: Case, tmp_path: Path) -> None:
+    assert compound(tmp_path, case, stride=9, more=13) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SAVE, AGAIN], ids=lambda case: case.name)
+def test_a_fault_at_any_call_of_the_recovery_from_a_kill_at_any_call_loses_nothing(case: Case, tmp_path: Path) -> None:
+    print(case.name, compound(tmp_path, case, stride=1, more=1))
