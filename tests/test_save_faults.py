@@ -115,7 +115,7 @@ def life_in(root: Root) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at_life", ["first", "second"])
-def test_each_file_call_of_a_whole_life_failed_in_turn_and_the_next_life_ends_like_a_whole_run(
+def test_each_third_file_call_of_a_whole_life_failed_in_turn_and_the_next_life_ends_like_a_whole_run(
     model_dir: Path, tmp_path: Path, at_life: str
 ) -> None:
     config = runs.settings(
@@ -133,7 +133,7 @@ def test_each_file_call_of_a_whole_life_failed_in_turn_and_the_next_life_ends_li
     calls = calls_of(root, life_in).seen
     wanted = end_of(root)
     print(at_life, calls)
-    for at in range(1, calls + 1):
+    for at in range(1 + calls % 3, calls + 1, 3):  # a life is a second: each third call, and of four ways one in turn
         how = HOWS[at % len(HOWS)]
         root = fresh(tmp_path, template)
         came_of_it = outcome(root, life_in, at, how)

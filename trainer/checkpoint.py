@@ -96,7 +96,9 @@ def new_staging(checkpoints: Path, step: int) -> Path:
     put_back(checkpoints)
     for left in [name for hidden in (STAGING, REPLACED, REMOVED) for name in _names(checkpoints, hidden)]:
         shutil.rmtree(checkpoints / left)
-    return make_private_dir(checkpoints / f"{STAGING}{step:08d}")
+    staging = checkpoints / f"{STAGING}{step:08d}"
+    staging.mkdir(mode=0o700)
+    return staging
 
 
 def _names(folder: Path, prefix: str) -> list[str]:

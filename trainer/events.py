@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_whole
+from trainer.files import fsync_dir, write_whole
 
 DURABLE = frozenset(
     {"started", "resumed", "paused", "stopped", "finished", "failed", "diverged", "checkpoint", "rewind"}
@@ -33,13 +33,17 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        self._torn = False
+        new = not path.exists()
         self._file = open(path, "a+b", buffering=0)
         os.chmod(path, 0o600)
+        if new:
+            fsync_dir(path.parent)
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):  # the tail of a writer that was killed in the middle of a line
             self._file.truncate(whole)
-        self._next = content[:whole].count(b"\n") + 1
+        self._next = _last_number(content[:whole]) + 1
 
     def append(self, kind: str, **fields: Any) -> int:
         """Add one event and return its number; lifecycle and checkpoint events are on the disk when this returns.
@@ -50,9 +54,13 @@ class EventLog:
             number = self._next
             record = {"n": number, "t": round(time.time(), 3), "kind": kind, **wire(fields)}
             line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+            content = line.encode("utf-8", "backslashreplace")
             try:
-                write_whole(self._file.fileno(), line.encode("utf-8", "backslashreplace"))
+                # after a piece that could not be cut off, a line of its own
+                write_whole(self._file.fileno(), b"\n" + content if self._torn else content)
+                self._torn = False
             except OSError:
+                self._torn = not self._ends_whole()
                 if kind in DURABLE:
                     raise
                 return 0  # a full disk costs a line of the log, not the run
@@ -61,9 +69,30 @@ class EventLog:
                 os.fsync(self._file.fileno())
         return number
 
+    def _ends_whole(self) -> bool:
+        """Whether the file ends with a whole line; where the disk does not even tell, the next line starts afresh."""
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            return size == 0 or os.pread(self._file.fileno(), 1, size - 1) == b"\n"
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the file; later appends raise ValueError."""
         self._file.close()
+
+
+def _last_number(content: bytes) -> int:
+    """The highest number given so far. Lines that power loss filled with zeros count too, so that no number comes twice."""
+    lines = content.splitlines()
+    for line in reversed(lines):
+        try:
+            number = json.loads(line)["n"]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if type(number) is int:
+            return max(number, len(lines))
+    return len(lines)
 
 
 def all_events(path: Path) -> list[dict[str, Any]]:

@@ -67,8 +67,10 @@ def read_json(path: Path) -> Any:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Create `path` and its parents; `path` itself is readable by its owner alone."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Create `path` and its parents, to survive power loss; `path` itself is readable by its owner alone."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fsync_dir(path.parent)
     return path
 
 

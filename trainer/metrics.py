@@ -36,21 +36,42 @@ ROW_RECORD = np.dtype([("life", "<i8"), ("step", "<i8"), ("row", "<i8"), ("loss_
 
 
 class RecordFile:
-    """An append-only file of fixed-width records; opening it cuts off the torn last record of a killed writer."""
+    """An append-only file of fixed-width records whose first number is never 0.
+
+    Opening it cuts off what a killed writer or power loss left at its end: a torn record, and records of zeros, which are
+    room that the file had got and data that never came.
+    """
 
     def __init__(self, path: Path, width_bytes: int) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        size = os.fstat(self._fd).st_size
-        if size % width_bytes:
-            os.ftruncate(self._fd, size - size % width_bytes)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(self._fd).st_size
+            whole = width_bytes * whole_records(self._fd, size, width_bytes)
+            if whole < size:
+                os.ftruncate(self._fd, whole)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def append(self, records: bytes) -> None:
         """Append whole records in one write."""
         write_whole(self._fd, records)
 
+    def sync(self) -> None:
+        """Return when all that was appended survives power loss."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self._fd)
+
+
+def whole_records(fd: int, size_bytes: int, width_bytes: int) -> int:
+    """How many records the file holds up to the last one that was really written."""
+    count = size_bytes // width_bytes
+    while count and os.pread(fd, 8, (count - 1) * width_bytes) == bytes(8):
+        count -= 1
+    return count
 
 
 class MetricsWriter:
@@ -73,16 +94,22 @@ class MetricsWriter:
         )
         self._rows.append(packed.tobytes())
 
+    def sync(self) -> None:
+        """Return when all steps so far survive power loss: a resume trains only those after its checkpoint again."""
+        self._metrics.sync()
+        self._rows.sync()
+
     def close(self) -> None:
         """Close both files."""
         self._metrics.close()
         self._rows.close()
 
 
-def _records(path: Path, dtype: np.dtype, since: int = 0) -> np.ndarray:
-    """The whole records from number `since` on; an absent file has none."""
+def map_records(path: Path, dtype: np.dtype, since: int = 0) -> np.ndarray:
+    """The whole records from number `since` on, memory-mapped; an absent file has none, and zeros at the end are none."""
     try:
-        count = path.stat().st_size // dtype.itemsize
+        with open(path, "rb", buffering=0) as file:
+            count = whole_records(file.fileno(), os.fstat(file.fileno()).st_size, dtype.itemsize)
     except FileNotFoundError:
         count = 0
     if since >= count:
@@ -92,11 +119,13 @@ def _records(path: Path, dtype: np.dtype, since: int = 0) -> np.ndarray:
 
 def read_records(path: Path, since: int = 0) -> np.ndarray:
     """Metrics records in the order written, from record number `since` on (cheap at any length)."""
-    return _records(path, RECORD, since)
+    return map_records(path, RECORD, since)
 
 
 def latest_of_each_step(records: np.ndarray) -> np.ndarray:
     """The curve: of records with the same step the later one, since a resume trains those steps again."""
+    if len(records) and (records["step"] == 0).any():  # a page in the middle that power loss left empty
+        records = np.asarray(records)[records["step"] != 0]
     if len(records) == 0:
         return records
     steps = records["step"]
@@ -114,7 +143,7 @@ def read_metrics(path: Path) -> np.ndarray:
 
 def read_rows(path: Path, step: int) -> list[tuple[int, float, int]]:
     """(row, loss sum, labels) of each row of `step`, as its newest life trained it."""
-    records = _records(path, ROW_RECORD)
+    records = map_records(path, ROW_RECORD)
     found = records[np.flatnonzero(records["step"] == step)]
     if len(found) == 0:
         return []

@@ -240,6 +240,7 @@ class StatusReader:
         status = self._status
         count = self._run.metrics.stat().st_size // RECORD.itemsize if self._run.metrics.exists() else 0
         recent = read_records(self._run.metrics, max(0, count - WINDOW_STEPS))
+        recent = recent[recent["step"] > 0]
         if len(recent) == 0:
             return
         last = recent[-1]

@@ -43,7 +43,8 @@ class Telemetry:
         gpu_index: int | None,
         every_s: float = 1.0,
     ) -> None:
-        self._file = RecordFile(path, RECORD.itemsize)
+        self._path = path
+        self._file: RecordFile | None = None
         self._allocator = allocator
         self._gpu_index = gpu_index
         self._nvml = Nvml() if gpu_index is not None else None
@@ -65,7 +66,8 @@ class Telemetry:
         self._thread.join(2.0)
         if not self._thread.is_alive():
             self._sample()
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
     def _loop(self) -> None:
         while not self._stop.wait(self._every_s):
@@ -85,6 +87,8 @@ class Telemetry:
         self.peak_process_gib = max(self.peak_process_gib, values["process_gib"])
         self.latest = values
         try:
+            if self._file is None:
+                self._file = RecordFile(self._path, RECORD.itemsize)
             self._file.append(struct.pack(f"<{len(COLUMNS)}d", *(values[name] for name in COLUMNS)))
         except OSError:
             return  # a full disk: the curve gets a gap, the training goes on

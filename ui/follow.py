@@ -208,12 +208,8 @@ class Follower:
 
 
 def read_telemetry(run: RunDir, since: int) -> np.ndarray:
-    """Telemetry records from number `since` on, memory-mapped; none where the file is not there yet."""
-    count = _count(run.telemetry, telemetry.RECORD)
-    if since >= count:
-        return np.empty(0, telemetry.RECORD)
-    offset = since * telemetry.RECORD.itemsize
-    return np.memmap(run.telemetry, telemetry.RECORD, mode="r", offset=offset, shape=(count - since,))
+    """Telemetry records from number `since` on; none where the file is not there yet."""
+    return metrics.map_records(run.telemetry, telemetry.RECORD, since)
 
 
 def bin_means(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ class Saver:
         self._error: OSError | None = None
         self.last_seconds: float | None = None
 
-    def save(self, shot: Snapshot, pinned: set[int]) -> None:
-        """Start writing; returns at once unless the one before is still being written."""
+    def save(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None] = lambda: None) -> None:
+        """Start writing; returns at once unless the one before is still being written.
+
+        `sync_curve` puts the metrics of all steps up to this one on the disk, where a resume from it needs them.
+        """
         self.wait()
         free = checkpoint.free_bytes(self._checkpoints)
         if free < shot.size_bytes * 1.05:
@@ -96,7 +100,7 @@ class Saver:
                 f"The disk is full: the checkpoint of step {shot.step} needs {shot.size_bytes / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB is free. The checkpoints before it are whole."
             )
-        self._thread = threading.Thread(target=self._write, args=(shot, pinned), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(shot, pinned, sync_curve), name="saver")
         self._thread.start()
 
     def join(self) -> None:
@@ -115,8 +119,9 @@ class Saver:
                 f"The checkpoint could not be written: {error.strerror or error}. The ones before it are whole."
             )
 
-    def _write(self, shot: Snapshot, pinned: set[int]) -> None:
+    def _write(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None]) -> None:
         started = time.monotonic()
+        self._sync(shot.step, sync_curve)
         try:
             staging = checkpoint.new_staging(self._checkpoints, shot.step)
             self._write_model(staging / checkpoint.MODEL, shot.weights)
@@ -144,6 +149,14 @@ class Saver:
             )
         else:
             self._prune(shot.step, pinned)
+
+    def _sync(self, step: int, sync_curve: Callable[[], None]) -> None:
+        """A curve that may be lost with the power is said, and stands in the way of no checkpoint."""
+        try:
+            sync_curve()
+        except OSError as error:
+            text = f"The curve up to step {step} may not survive power loss: {error.strerror or error}."
+            self._events.append("alert", code="curve", step=step, text=text)
 
     def _prune(self, step: int, pinned: set[int]) -> None:
         """Remove old checkpoints; what stands in the way of that is said and never costs the run or the one just saved."""

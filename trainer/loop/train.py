@@ -337,6 +337,7 @@ class Training:
             lambda: self.saver.save(
                 snapshot(progress.step, self.model.trained, self.stepper.named, self.stepper.optimizer, state),
                 pinned,
+                self.metrics.sync,
             ),
         )
         self.saved_step = progress.step
