@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import runs
 from tests.kill_loop import WorkerHere
-from tests.sweeps import HOWS, Case, Root, calls_of, fresh, in_words, outcome, sweep
+from tests.sweeps import HOWS, Case, Root, calls_of, fresh, outcome, sweep
 from tests.tiny import tiny_model_dir
 from trainer import checkpoint
 from trainer.events import EventLog, all_events
@@ -23,6 +23,7 @@ from trainer.files import read_json
 from trainer.loop.save import Saver, Snapshot, copy_to_host
 from trainer.machine import machine
 from trainer.metrics import read_metrics
+from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.session import open_life, train_to_end
 from trainer.workspace import Workspace
@@ -103,6 +104,49 @@ def test_each_file_call_of_a_real_save_failed_in_every_way_loses_nothing(
     print(sweep(saver_case(model_dir, lora), tmp_path, thorough=True))
 
 
+def damaged(content: bytes, how: str) -> bytes | None:
+    """A file's content after the damage; None where the file is gone."""
+    flipped = content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :]
+    ways = {"missing": None, "empty": b"", "half": content[: len(content) // 2], "zeros": bytes(len(content))}
+    return flipped if how == "flipped" else ways[how]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapter"])
+def test_every_file_of_a_real_checkpoint_damaged_in_every_way_falls_back_to_the_one_before(
+    model_dir: Path, tmp_path: Path, lora: bool
+) -> None:
+    save = saving(model_dir, lora)
+    for step in (1, 2):
+        save(tmp_path, step)
+    newest = checkpoint.directory_of(tmp_path / "checkpoints", 2)
+    names = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
+    weights = "model/adapter_model.safetensors" if lora else "model/model.safetensors"
+    settings = "model/adapter_config.json" if lora else "model/config.json"
+    kinds = {
+        weights,
+        settings,
+        "model/tokenizer.json",
+        "model/chat_template.jinja",
+        "optimizer.safetensors",
+        "state.json",
+    }
+    assert names >= kinds | {"MANIFEST.json"}
+    for name in names:
+        content = (newest / name).read_bytes()
+        for how in ("missing", "empty", "half", "zeros", "flipped"):
+            after = damaged(content, how)
+            if after is None:
+                (newest / name).unlink()
+            else:
+                (newest / name).write_bytes(after)
+            found = checkpoint.newest_verified(tmp_path / "checkpoints")
+            assert found.step == 1, f"{name}, {how}: the damage went unseen"
+            assert found.passed_over[0][0] == newest.name
+            assert name == "MANIFEST.json" or found.passed_over[0][1].startswith(name)
+        (newest / name).write_bytes(content)
+    assert checkpoint.newest_verified(tmp_path / "checkpoints").step == 2
+
+
 # -- a whole life, from the lock to the last event
 
 
@@ -131,20 +175,34 @@ def test_each_third_file_call_of_a_whole_life_failed_in_turn_and_the_next_life_e
         outcome(template, life_in, calls * 2 // 3, "kill")
     root = fresh(tmp_path, template)
     calls = calls_of(root, life_in).seen
-    wanted = end_of(root)
+    wanted, wrong = end_of(root), []
     print(at_life, calls)
     for at in range(1 + calls % 3, calls + 1, 3):  # a life is a second: each third call, and of four ways one in turn
         how = HOWS[at % len(HOWS)]
         root = fresh(tmp_path, template)
         came_of_it = outcome(root, life_in, at, how)
-        in_words(came_of_it, refusal_only=True)
-        failed = [event["cause"] for event in all_events(RunDir(root / "run").events) if event["kind"] == "failed"]
-        assert all(cause.endswith(".") and "Errno" not in cause for cause in failed), failed
-        if status(RunDir(root / "run")).state != "finished":
-            assert life_in(root) == "finished", f"call {at} of {calls}, {how}: {came_of_it!r}, {failed}"
-        assert end_of(root)[0] == wanted[0], f"call {at} of {calls}, {how}"
-        if came_of_it == "killed":
-            assert end_of(root)[1] == wanted[1], f"call {at} of {calls}, {how}"
+        wrong += [f"call {at} of {calls}, {how}: {text}" for text in faults_of(root, came_of_it, wanted)]
+    assert wrong == []
+
+
+def faults_of(root: Root, came_of_it: BaseException | str | None, wanted: tuple[Any, Any]) -> list[str]:
+    """What of the promises was not kept by a life in which a call failed, and by the next one."""
+    run, wrong = RunDir(root / "run"), []
+    if not (came_of_it is None or came_of_it == "killed" or isinstance(came_of_it, Refusal)):
+        wrong.append(f"no words: {came_of_it!r}")
+    events = all_events(run.events)
+    failed = [event["cause"] for event in events if event["kind"] == "failed"]
+    wrong += [f"not in words: {cause}" for cause in failed if not cause.endswith(".") or "Errno" in cause]
+    if (state := status(run).state) != "finished" and (end := life_in(root)) != "finished":
+        wrong.append(
+            f"the life after one that was {state} ({came_of_it!r}, {failed}) ended as {end}: {status(run).cause}"
+        )
+    weights, curve = end_of(root)
+    if weights != wanted[0]:
+        wrong.append("the weights at the end differ")
+    if came_of_it == "killed" and curve != wanted[1]:
+        wrong.append("the curve differs")
+    return wrong
 
 
 def end_of(root: Root) -> tuple[dict[str, str], list[list[float]]]:

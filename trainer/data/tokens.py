@@ -84,7 +84,8 @@ class TokenCache:
             meta = read_json(path / "cache.json")
             arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         except (OSError, ValueError, EOFError) as error:
-            raise Refusal(f"The token cache {path.name} is not readable ({error}). Tokenise again.") from None
+            reason = getattr(error, "strerror", None) or str(error)
+            raise Refusal(f"The token cache {path.name} is not readable ({reason}). Tokenise again.") from None
         tokens, rows = int(arrays["offsets"][-1]), len(arrays["offsets"]) - 1
         shapes = {"ids": (tokens,), "labels": (tokens,), "offsets": (rows + 1,), "source": (rows, 3)}
         shapes |= {"pieces": (rows,), "cut": (rows,)}
