@@ -276,7 +276,9 @@ def test_the_weights_of_an_adapter_are_counted_as_peft_counts_them(tiny_model: P
     assert sizes is not None and adapter_weights(sizes, 8) == counted
 
 
-def test_plain_text_asks_for_no_profile_and_then_counts_its_pieces(site: Site, tiny_model: Path, tmp_path: Path) -> None:
+def test_plain_text_asks_for_no_profile_and_then_counts_its_pieces(
+    site: Site, tiny_model: Path, tmp_path: Path
+) -> None:
     book = tmp_path / "book.txt"
     book.write_text("A signal box stands by the line.\n" * 200)
     chosen(site, tiny_model, book)

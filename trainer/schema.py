@@ -44,7 +44,11 @@ class ProfileSettings(Section):
     """Which profile turns a row into training text."""
 
     name: str | None = setting(
-        None, "Profile", "How a row becomes training text. None: the rows as they are, and for plain text.", "What", basic=True
+        None,
+        "Profile",
+        "How a row becomes training text. None: the rows as they are, and for plain text.",
+        "What",
+        basic=True,
     )
     system_prompt: str = setting(
         "", "System prompt", "Used when no profile is chosen and the row has no system message.", "What"
@@ -62,7 +66,11 @@ class DataSettings(Section):
     """What is trained on and what is held out."""
 
     dataset_path: str = setting(
-        "", "Data", "What to train on: JSON Lines of conversations or texts, or a .txt file of prose.", "What", basic=True
+        "",
+        "Data",
+        "What to train on: JSON Lines of conversations or texts, or a .txt file of prose.",
+        "What",
+        basic=True,
     )
     dataset_paths: list[WeightedFile] = setting(
         [], "More data", "Further files, each with a weight: 0.5 shows half its rows an epoch.", "What"

@@ -172,7 +172,9 @@ def _model_facts(report: dict[str, Any]) -> list[list[str]]:
         if facts.get(key):
             pairs.append([name, f"{count(facts[key])} tokens"])
     if "has_chat_template" in facts:
-        pairs.append(["Chat template", "yes" if facts["has_chat_template"] else "none: for conversations choose plain ChatML"])
+        pairs.append(
+            ["Chat template", "yes" if facts["has_chat_template"] else "none: for conversations choose plain ChatML"]
+        )
     if facts.get("eos_token"):
         pairs.append(["End of an answer", str(facts["eos_token"])])
     return pairs
