@@ -20,6 +20,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.ends import CRASH_LOG, Watch, signal_name
 from trainer.locks import FileLock, holder, is_held
 from trainer.refusal import Refusal
 from ui.process import SAVE_S, SIGNALS, Options, port_trouble, say, serve
@@ -156,29 +157,35 @@ def supervise(options: Options) -> int:
     browser = options.browser
     while True:
         starts.append(time.monotonic())
-        # a process group of its own: the terminal's Ctrl-C reaches it once, through us
-        group: dict[str, Any] = {} if sys.platform == "win32" else {"process_group": 0}
-        command = [sys.executable, str(HERE / "app.py"), "--foreground", *options.arguments(browser)]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, **group)
+        child = _start_server(options, browser)
+        watch = Watch(options.workspace, child.pid)
         for number in pending:  # one that came while the child was being made
             child.send_signal(number)
         code = child.wait()
+        watch.ended(code)
         crashed = code < 0 and -code not in SIGNALS
         if stop.is_set() or not (crashed or code == RESTART_CODE):
             return max(code, 0)
         if len(starts) > RESTARTS and time.monotonic() - starts[0] < RESTARTS_WITHIN_S:
-            say(
-                f"The server ended {len(starts)} times in {RESTARTS_WITHIN_S / 60:.0f} min: it stays ended.",
-                sys.stderr,
-            )
+            within = f"{RESTARTS_WITHIN_S / 60:.0f} min"
+            say(f"The server ended {len(starts)} times in {within}: it stays ended.", sys.stderr)
             return 1
         if crashed:
-            name, log = signal.Signals(-code).name, options.workspace / "crash.log"
-            say(f"The server was ended by {name}; starting it again. What it was doing: {log}", sys.stderr)
+            log = options.workspace / CRASH_LOG
+            say(
+                f"The server was ended by {signal_name(-code)}; starting it again. What it was doing: {log}", sys.stderr
+            )
             stop.wait(min(BACK_OFF_S * 2 ** (len(starts) - 1), 30))
             if stop.is_set():
                 return 1
         browser = False
+
+
+def _start_server(options: Options, browser: bool) -> subprocess.Popen[bytes]:
+    # a process group of its own: the terminal's Ctrl-C reaches it once, through us
+    group: dict[str, Any] = {} if sys.platform == "win32" else {"process_group": 0}
+    command = [sys.executable, str(HERE / "app.py"), "--foreground", *options.arguments(browser)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **group)
 
 
 def detach(options: Options) -> int:
@@ -222,7 +229,8 @@ def stop_server(options: Options) -> int:
     if note is None:
         say(f"Signalbox is not open for the workspace {options.workspace}.")
         return 0
-    os.kill(note["pid"], signal.SIGTERM)
+    # as Ctrl-C, a person's word; SIGTERM is the machine's, after whose restart a run may go on by itself
+    os.kill(note["pid"], signal.SIGINT)
     deadline = time.monotonic() + SAVE_S + 20
     while is_held(options.supervisor_lock) or is_held(options.lock):
         if time.monotonic() > deadline:

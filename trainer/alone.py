@@ -20,7 +20,7 @@ from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.session import Life, open_life, train_to_end
-from trainer.signals import Signals
+from trainer.signals import GIVE_UP_S, Deadline, Signals
 from trainer.states import allowed
 from trainer.worker import Worker
 from trainer.workspace import Workspace
@@ -34,11 +34,6 @@ GOOD_ENDS = ("finished", "stopped", "paused")
 def owner_here() -> str:
     """Who runs this command."""
     return os.environ.get("USER") or "command line"
-
-
-def ask_stop(signals: Signals) -> None:
-    """What a signal does: stop at the step."""
-    signals.ask("stop", "signal")
 
 
 def _say(text: str) -> None:
@@ -125,7 +120,8 @@ def _help_along(team: Team, here: Machine) -> int:
 
 
 def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = False) -> int:
-    install_stop(lambda: ask_stop(life.signals))
+    deadline = Deadline(life.signals, lambda: _give_up(life))
+    install_stop(deadline.told)
     worker = Worker()
     run = life.run
     try:
@@ -138,6 +134,7 @@ def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = F
             team=team,
         )
     finally:
+        deadline.close()
         worker.close()
     now = status(run)
     if not quiet:
@@ -146,6 +143,17 @@ def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = F
     if life.poisoned:
         return MUST_RESTART
     return 0 if end in GOOD_ENDS else REFUSED
+
+
+def _give_up(life: Life) -> None:
+    """End the process in the middle of whatever takes too long: what was saved before stands."""
+    life.cut_off()
+    _say(f"The run was not through within {GIVE_UP_S:g} s and is cut off. Its last checkpoint is safe.")
+    os._exit(REFUSED)
+
+
+def _ask(signals: Signals, by: str) -> None:
+    signals.ask("stop", by)
 
 
 def smoke_alone(workspace: Workspace, config: Config, as_json: bool) -> int:
@@ -157,7 +165,7 @@ def smoke_alone(workspace: Workspace, config: Config, as_json: bool) -> int:
     prompt = launch.prompt_of(config, workspace.profiles)
     lock = lease.acquire(here.device, kind="smoke", owner=owner_here(), run_id="", name=config.display_name)
     worker, signals = Worker(), Signals()
-    install_stop(lambda: ask_stop(signals))
+    install_stop(lambda by: _ask(signals, by))
     try:
         folder = make_private_dir(workspace.smoke / (time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()))
         report = run_smoke(folder, config, prompt, workspace, worker, here, threads_for(here), signals.interrupt)

@@ -17,6 +17,7 @@ from typing import Any
 from trainer import config as configs
 from trainer import control
 from trainer.events import wire
+from trainer.recovery import SHUTDOWN, settle
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.schema import Config
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show the first batch, token by token")
     _run_options(inspect)
     resume = commands.add_parser("resume", help="go on with a run from its newest whole checkpoint")
-    for name in ("stop", "pause", "checkpoint", "status", "metrics"):
+    for name in ("stop", "pause", "checkpoint", "leave", "discard", "status", "metrics"):
         command = commands.add_parser(name, help=f"{name} of a run")
         command.add_argument("run", type=Path, metavar="RUN_DIR")
         if name == "stop":
@@ -168,6 +169,14 @@ def _ask(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _settle(arguments: argparse.Namespace) -> int:
+    run = _existing(arguments.run)
+    settle(run, arguments.command, by=os.environ.get("USER", "command line"))
+    now = status(run)
+    print(f"Stopped at step {now.last_checkpoint_step or 0:,}. Nothing was deleted; it can still be resumed.")
+    return 0
+
+
 def _status(arguments: argparse.Namespace) -> int:
     now = status(_existing(arguments.run))
     if arguments.json:
@@ -252,6 +261,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "stop": _ask,
     "pause": _ask,
     "checkpoint": _ask,
+    "leave": _settle,
+    "discard": _settle,
     "status": _status,
     "metrics": _metrics,
     "check-model": _check_model,
@@ -261,11 +272,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def install_stop(ask: Callable[[], None]) -> None:
-    """SIGTERM, SIGINT and SIGHUP ask for a stop at the step; a second one ends at once."""
+def install_stop(ask: Callable[[str], None]) -> None:
+    """SIGTERM, SIGINT and SIGHUP ask for a stop at the step; a second one ends at once. `ask` hears who asked."""
 
     def handler(number: int, frame: Any) -> None:
-        ask()
+        ask({signal.SIGTERM: SHUTDOWN, signal.SIGINT: "Ctrl-C"}.get(number, "a closed terminal"))  # type: ignore[call-overload]
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
 

@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer import launch, lease
+from trainer.ends import End
 from trainer.files import make_private_dir
 from trainer.locks import FileLock
 from trainer.machine import Machine, Nvml, machine
+from trainer.recovery import recover, settle
 from trainer.refusal import Refusal
 from trainer.run import RunDir, new_run_id, status
 from trainer.schema import Config
-from trainer.session import open_life, train_to_end
-from trainer.signals import Signals
-from trainer.states import State, allowed
+from trainer.session import Life, open_life, train_to_end
+from trainer.signals import HURRY_S, Signals
+from trainer.states import Settling, State, allowed
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
@@ -41,6 +43,7 @@ class _Task:
     work: Callable[[], None]
     lock: FileLock | None = None
     signals: Signals = field(default_factory=Signals)
+    life: Life | None = None
 
 
 class Engine:
@@ -91,17 +94,18 @@ class Engine:
                 raise
         return run.run_id
 
-    def resume_run(self, run_id: str, owner: str, around_rows: bool = False) -> None:
+    def resume_run(self, run_id: str, owner: str, *, around_rows: bool = False, auto: bool = False) -> None:
         """Go on with a run from its newest checkpoint that verifies. Raises Refusal where its state does not allow it.
 
-        `around_rows`: a diverged run goes on without the rows of its bad step, at half the rate.
+        `around_rows`: a diverged run goes on without the rows of its bad step, at half the rate. `auto` marks a life that
+        nobody asked for, see `trainer.recovery`.
         """
         self._refuse_when_broken()
         run = self.workspace.run(run_id)
         now = status(run)
         if ("resume-around" if around_rows else "resume") not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
-        self._begin(run, now.name, owner, around_rows)
+        self._begin(run, now.name, owner, around_rows=around_rows, auto=auto)
         self.workspace.queue.remove(run_id)
 
     def enqueue_new(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
@@ -213,16 +217,42 @@ class Engine:
         if task is not None and task.kind == "smoke":
             task.signals.ask("stop", "owner")
 
-    def shutdown(self, timeout_s: float) -> bool:
-        """Stop at the step, save, end the thread; False when it did not end in time."""
+    def shutdown(self, timeout_s: float, by: str = "shutdown of the server") -> bool:
+        """Stop at the step, save, end the thread; False when it did not end in time.
+
+        A step that takes too long is dropped, and the one before it saved; a run that is not through by then is cut off,
+        and says so.
+        """
         self._ended.set()
         task = self._accepted
         if task is not None:
-            task.signals.ask("stop", "shutdown of the server")
+            task.signals.ask("stop", by)
         self._tasks.put(None)
-        self._thread.join(timeout_s)
+        self._thread.join(min(timeout_s, HURRY_S))
+        if task is not None:
+            task.signals.hurry.set()
+        self._thread.join(max(0.0, timeout_s - HURRY_S))
+        in_time = not self._thread.is_alive()
+        if not in_time and task is not None and task.life is not None:
+            task.life.cut_off()
         self.worker.close()
-        return not self._thread.is_alive()
+        return in_time
+
+    def settle(self, run_id: str, command: Settling, by: str) -> None:
+        """Leave a run that was cut off, or end a paused one: see `trainer.recovery.settle`."""
+        settle(self.workspace.run(run_id), command, by)
+
+    def recover(self, ends: list[End]) -> list[RunDir]:
+        """Say why runs were cut off, and let the newest that may go on by itself; returns those newly explained."""
+
+        def resume(run: RunDir) -> None:
+            self.resume_run(run.run_id, status(run).owner or "the run itself", auto=True)
+
+        return recover(self.workspace.list_runs(), ends, resume)
+
+    def must_restart(self) -> bool:
+        """Whether only a fresh process can train, and nothing is at work here that it would cut off."""
+        return self.poisoned.is_set() and self._accepted is None
 
     def _refuse_when_broken(self) -> None:
         if self.poisoned.is_set():
@@ -234,20 +264,31 @@ class Engine:
         self._accepted = task
         self._tasks.put(task)
 
-    def _begin(self, run: RunDir, name: str, owner: str, around_rows: bool = False) -> None:
+    def _begin(
+        self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False
+    ) -> None:
         here = self.machine()
         with self._start:
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)
             try:
-                self._train(run, lock, here, owner, resumed=run.events.exists(), around_rows=around_rows)
+                resumed = run.events.exists()
+                self._train(run, lock, here, owner, resumed=resumed, around_rows=around_rows, auto=auto)
             except BaseException:
                 lock.release()
                 raise
 
     def _train(
-        self, run: RunDir, lock: FileLock, here: Machine, owner: str, *, resumed: bool, around_rows: bool = False
+        self,
+        run: RunDir,
+        lock: FileLock,
+        here: Machine,
+        owner: str,
+        *,
+        resumed: bool,
+        around_rows: bool = False,
+        auto: bool = False,
     ) -> None:
-        life = open_life(run, owner, resumed=resumed, around_rows=around_rows)
+        life = open_life(run, owner, resumed=resumed, around_rows=around_rows, auto=auto)
 
         def work() -> None:
             end = train_to_end(life, self.workspace, self.worker, here)
@@ -256,7 +297,7 @@ class Engine:
             if end == "paused" and self.workspace.queue.read().entries:  # somebody wants the device for something else
                 self.workspace.queue.hold(life.signals.wish.by)
 
-        self._hand_over(_Task("train", work, lock, life.signals))
+        self._hand_over(_Task("train", work, lock, life.signals, life))
 
     def _import_torch(self) -> None:
         with self._importing:  # two threads that import torch and its friends at once meet half-made modules

@@ -84,6 +84,15 @@ def holder(path: Path) -> dict[str, Any] | None:
         return {}
 
 
+def last_note(path: Path) -> dict[str, Any]:
+    """The note of whoever holds the lock or held it last; empty where there is none."""
+    try:
+        note = json.loads(path.read_bytes() or b"{}")
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
 def device_lock_path(device: str) -> Path:
     """Where the lock of a device lives: the user's runtime directory, so every workspace and program meets there.
 

@@ -150,6 +150,8 @@ class Status:
     last_sign: float | None = None
     cause: str | None = None
     cause_step: int | None = None
+    resumed_itself: int = 0
+    resumes_allowed: int = 0
     last_checkpoint_step: int | None = None
     gen: int = 0
     steps_per_epoch: int | None = None
@@ -180,15 +182,16 @@ class StatusReader:
         status.method = config.get("hyperparams", {}).get("method", "")
         files = snapshot.get("data", {}).get("files", [])
         status.current_file = files[0]["name"] if files else ""
+        status.resumes_allowed = config.get("output", {}).get("resume_interrupted", 0)
 
     def read(self) -> Status:
         """The status now."""
         status = self._status
         self._read_events()
-        status.state = derive(locks.is_held(self._run.lock), self._last)
+        status.state = derive(is_trained(self._run), self._last)
         if status.state == "interrupted":
             # the run may have ended, or been taken up, between the events and the probe: look at both once more
-            held = locks.is_held(self._run.lock)
+            held = is_trained(self._run)
             self._read_events()
             status.state = derive(held, self._last)
         notes = self._run.read_notes()
@@ -216,6 +219,9 @@ class StatusReader:
             status.ended_at = status.cause = status.cause_step = None
             status.owner = event.get("owner", "")
             status.gen += 1
+            status.resumed_itself = status.resumed_itself + 1 if event.get("auto") else 0
+        elif kind == "cut_off":
+            status.cause = event.get("cause") or None
         elif kind == "rewind":
             status.gen += 1
         elif kind == "phase":
@@ -258,6 +264,12 @@ class StatusReader:
             # by the wall clock of this life, so that held-out checks, samples and saves are in it
             pace_s = float(mine["t"][-1] - mine["t"][0]) / (len(mine) - 1)
             status.eta_s = (status.total_steps - status.current_step) * pace_s
+
+
+def is_trained(run: RunDir) -> bool:
+    """Whether a trainer holds the run's lock; whoever takes it for a moment to write or delete says so in its note."""
+    note = locks.holder(run.lock)
+    return note is not None and note.get("kind", "train") == "train"
 
 
 def status(run: RunDir) -> Status:

@@ -5,39 +5,13 @@ The form, the command line and docs/settings.md are derived from it. `trainer/co
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Group = Literal["What", "How", "Memory", "Saving", "Held-out", "Samples", "Alerts"]
+from trainer.setting import Count, Group, Real, Section, setting
 
-
-def setting(
-    default: Any, title: str, help: str, group: Group, *, basic: bool = False, unit: str = "", **bounds: Any
-) -> Any:
-    """One setting: its default, its label, one line of help (what it does, when to change it), its place in the form."""
-    extra: dict[str, Any] = {"group": group, "basic": basic, "unit": unit}
-    if isinstance(default, list):
-        bounds["default_factory"] = lambda: list(default)
-        return Field(title=title, description=help, json_schema_extra=extra, **bounds)
-    return Field(default, title=title, description=help, json_schema_extra=extra, **bounds)
-
-
-def _not_a_bool(value: Any) -> Any:
-    # pydantic takes True for 1; a person who wrote `"batch_size": true` meant something else
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_not_a_bool)]
-Real = Annotated[float, BeforeValidator(_not_a_bool), Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A group of settings; unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["Config", "Count", "Group", "Real", "Section", "WeightedFile", "setting"]
 
 
 class ProfileSettings(Section):
@@ -322,6 +296,15 @@ class OutputSettings(Section):
         "Saving",
         ge=1,
         le=1000,
+    )
+    resume_interrupted: Count = setting(
+        0,
+        "Resume by itself",
+        "After a crash or a restart of the machine go on, at most so often in a row; 0 asks you.",
+        "Saving",
+        ge=0,
+        le=3,
+        unit="times",
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from trainer import checkpoint, control, locks
+from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
+from trainer.recovery import SHUTDOWN, trainer_note
 from trainer.refusal import Refusal
 from trainer.rewind import go_around, rewind
 from trainer.run import RunDir
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from trainer.loop.train import Outcome
 
 
+TOO_LONG = "it was told to end, and the run was not through in time"
+"""Why a run was cut off whose process had to end before it was stopped and saved."""
+
+
 @dataclass
 class Life:
     """An opened run: its lock, its events, and the flags others set. `close` frees the lock, last of all."""
@@ -47,26 +52,37 @@ class Life:
     number: int
     poisoned: bool = False
 
+    def cut_off(self) -> None:
+        """Write that the process ends before the run does; called right before the process is gone."""
+        try:
+            self.events.append("cut_off", cause=TOO_LONG)
+        except ValueError:
+            pass  # the run has just come through after all, and its events are closed
+
     def close(self) -> None:
         """Close the events, then free the lock."""
         self.events.close()
         self.lock.release()
 
 
-def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False) -> Life:
+def open_life(
+    run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False, auto: bool = False
+) -> Life:
     """Take the run's lock and write its first event; Refusal when another process trains it.
 
-    `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate.
+    `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate. `auto` says that the run goes
+    on by itself: nobody asked for this life.
     """
     lock = locks.FileLock(run.lock)
     try:
-        if not lock.acquire({"owner": owner, "pid": os.getpid()}):
+        if not lock.acquire({"owner": owner, **trainer_note()}):
             raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
         control.clear(run.control)  # a stop left for an earlier life must not end this one
         past = list(all_events(run.events))
         lives = sum(event["kind"] in ("started", "resumed", "rewind") for event in past)
         events = EventLog(run.events)
-        events.append("resumed" if resumed else "started", owner=owner, life=lives + 1)
+        by_itself = {"auto": True} if auto else {}
+        events.append("resumed" if resumed else "started", owner=owner, life=lives + 1, **by_itself)
         if around_rows:
             lives += go_around(run, events, past)
     except OSError as error:
@@ -108,6 +124,8 @@ def train_to_end(
         telemetry.start()
         unwind.callback(telemetry.stop)
         kind, fields = _attempt(life, workspace, worker, machine, telemetry, say, team)
+        if kind == "stopped" and fields.get("by") == SHUTDOWN:
+            fields["boot"] = boot_id()
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
         if kind == "failed" and echo is not None:
             print(fields["cause"], file=sys.stderr)
@@ -141,6 +159,8 @@ def _attempt(
         kind, fields = "failed", {"cause": _cause(error), "detail": text[-20_000:]}
         traceback.clear_frames(error.__traceback__)
         life.poisoned = _poisoned(error)
+        if life.poisoned:
+            fields["restart"] = True  # a fresh process may go on with it, by itself where the settings say so
     fields.setdefault("memory_before_gib", used_gib(machine.gpu is not None))
     return kind, fields
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,7 @@ class Signals:
     """Flags the training thread looks at. `interrupt()` is for phases that should end soon; training itself ends at a step."""
 
     wish: Wish = field(default_factory=Wish)
+    hurry: threading.Event = field(default_factory=threading.Event)
     save_asked: threading.Event = field(default_factory=threading.Event)
     saved_by: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -44,8 +47,47 @@ class Signals:
         return self.wish.end is not None
 
     def now(self) -> bool:
-        """Whether to leave even a step half done."""
-        return self.wish.end == "stop-now"
+        """Whether to leave even a step half done: asked for, or the process has to end before the step would."""
+        return self.wish.end == "stop-now" or self.hurry.is_set()
+
+
+HURRY_S = 4.0
+"""So long after a signal the step under way may take; then it is dropped, and the step before it is saved."""
+GIVE_UP_S = 8.5
+"""So long after a signal a run may take in all; then the process ends, and the last good checkpoint stands."""
+
+
+class Deadline:
+    """Holds an end that a signal asked for to its time, on a thread of its own: hurry, then `give_up()`.
+
+    `told` may be called by a signal handler; it takes no lock that the main thread could hold.
+    """
+
+    def __init__(self, signals: Signals, give_up: Callable[[], None]) -> None:
+        self._signals, self._give_up = signals, give_up
+        self._told_s: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="deadline", daemon=True)
+        self._thread.start()
+
+    def told(self, by: str) -> None:
+        """The process was told to end, by a signal."""
+        self._signals.ask("stop", by)
+        self._told_s = self._told_s or time.monotonic()
+
+    def close(self) -> None:
+        """The run is through: nothing is to be hurried any more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._ended.wait(0.1):
+            passed_s = time.monotonic() - self._told_s if self._told_s is not None else 0.0
+            if passed_s > HURRY_S:
+                self._signals.hurry.set()
+            if passed_s > GIVE_UP_S:
+                self._give_up()
+                return
 
 
 class ControlWatch:

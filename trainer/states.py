@@ -18,6 +18,8 @@ State = Literal[
     "interrupted",
 ]
 Command = Literal["pause", "stop", "stop-now", "checkpoint"]
+Settling = Literal["leave", "discard"]
+"""Commands to a run that no trainer holds: they are written into its events by whoever gives them."""
 
 # last lifecycle event -> state while the run's lock is held
 _LIVE: dict[str, State] = {

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -23,7 +23,7 @@ from starlette.routing import Route
 from trainer import control, locks, metrics
 from trainer.refusal import Refusal
 from trainer.run import RunDir, Status
-from trainer.states import LIVE_STATES, State, allowed
+from trainer.states import LIVE_STATES, Settling, State, allowed
 from ui.follow import Cursor, Follower, Reader
 from ui.guard import caller_of, guarded
 from ui.replies import find_run, json_reply, no_run
@@ -41,6 +41,8 @@ COMMANDS = {
     "checkpoint": "checkpoint",
     "resume": "resume",
     "resume-around": "resume",
+    "leave": "stop",
+    "discard": "stop",
 }
 _CANNOT = {
     "stop": "be stopped",
@@ -49,6 +51,8 @@ _CANNOT = {
     "checkpoint": "save a checkpoint",
     "resume": "be resumed",
     "resume-around": "go on around its rows",
+    "leave": "be left",
+    "discard": "be ended",
 }
 
 
@@ -101,7 +105,11 @@ class Feed:
             return json_reply({"error": _refused(command, status)}, 409)
         if command in ("resume", "resume-around"):
             around = command == "resume-around"
-            await run_in_threadpool(self._site.engine.resume_run, run.run_id, caller.role, around)
+            await run_in_threadpool(
+                lambda: self._site.engine.resume_run(run.run_id, caller.role, around_rows=around)
+            )
+        elif command in get_args(Settling):
+            await run_in_threadpool(self._site.engine.settle, run.run_id, command, caller.role)
         else:
             await run_in_threadpool(control.drop, run.control, command, caller.role)
         return json_reply({"ok": True}, 202)

@@ -137,6 +137,8 @@ class Follower:
             "ended_at": status.ended_at,
             "cause": status.cause,
             "cause_step": status.cause_step,
+            "resumed_itself": status.resumed_itself,
+            "resumes_allowed": status.resumes_allowed,
             "held_out": _digits(status.held_out_loss, 6),
             "best": _digits(status.best_held_out, 6),
             "best_step": status.best_step,

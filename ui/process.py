@@ -20,14 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.ends import CRASH_LOG, read_ends
 from trainer.locks import FileLock, device_lock_path, holder
+from trainer.recovery import SHUTDOWN
 from trainer.refusal import Refusal
+from trainer.signals import GIVE_UP_S
 
 if TYPE_CHECKING:
     from ui.server import Server
     from ui.site import Site
 
-SAVE_S = 10.0
+SAVE_S = GIVE_UP_S
+"""So long a run may take to stop and save when the server is told to end: the whole end stays under ten seconds."""
+AGAIN_S = 1.0
+"""A second signal within this time is the same word said twice: a service manager tells us and our supervisor."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -93,7 +99,7 @@ def serve(options: Options) -> int:
     note = {"pid": os.getpid(), "url": options.url, "started": time.time()}
     if not lock.acquire(note):
         raise Refusal("Another server has just opened this workspace.")
-    crash_log = open(options.workspace / "crash.log", "a", encoding="utf-8")
+    crash_log = open(options.workspace / CRASH_LOG, "a", encoding="utf-8")
     faulthandler.enable(crash_log)
     try:
         listening = options.listen()
@@ -105,8 +111,12 @@ def serve(options: Options) -> int:
         site.engine.tend_queue()
         if options.browser:
             _open_browser(options.url)
-        stop.wait()
-    _close(site, server)
+        threading.Thread(target=_recover, args=(site, options), name="recover", daemon=True).start()
+        while not stop.wait(0.5):
+            if site.engine.must_restart() and _is_supervised(options):
+                say("The GPU's context is broken: starting a fresh process.", sys.stderr)
+                server.restart()
+    _close(site, server, asked)
     lock.release()
     return server.exit_code
 
@@ -169,23 +179,37 @@ def _without_stub_files() -> Iterator[None]:
         inspect.getfile = look_up
 
 
-def _close(site: Site, server: Server) -> None:
+def _recover(site: Site, options: Options) -> None:
+    """Look after the runs of a server that is gone; the page answers already."""
+    site.engine.recover(read_ends(options.workspace))
+
+
+def _is_supervised(options: Options) -> bool:
+    """Whether somebody would start us again."""
+    return hasattr(os, "getppid") and (holder(options.supervisor_lock) or {}).get("pid") == os.getppid()
+
+
+def _close(site: Site, server: Server, asked: list[int]) -> None:
     works = (holder(device_lock_path(site.engine.machine().device)) or {}).get("pid") == os.getpid()
     if works:
         say("Stopping: the run ends its step and is saved.")
     # an engine that is only importing torch has nothing to save, and need not be waited for
-    site.engine.shutdown(timeout_s=SAVE_S if works else 0.2)
-    server.stop()
+    by = SHUTDOWN if signal.SIGTERM in asked else "shutdown of the server"
+    if not site.engine.shutdown(SAVE_S if works else 0.2, by) and works:
+        say("The run was not through in time and is cut off. Its last checkpoint is safe.", sys.stderr)
+    server.stop(timeout_s=1.0)
     site.worker.close()
 
 
 def _listen_to_signals(stop: threading.Event) -> list[int]:
-    """Let the first signal set `stop`; a second Ctrl-C ends the process at once. Returns those heard."""
+    """Let the first signal set `stop`; a second one ends the process at once. Returns those heard."""
     heard: list[int] = []
+    first_s = [0.0]
 
     def hear(number: int, frame: Any) -> None:
-        if heard and number == signal.SIGINT:
-            os._exit(130)
+        if heard and (number == signal.SIGINT or time.monotonic() - first_s[0] > AGAIN_S):
+            os._exit(128 + number)
+        first_s[0] = first_s[0] if heard else time.monotonic()
         heard.append(number)
         stop.set()
 

@@ -22,7 +22,8 @@
 
   function nextSteps(board, state, end) {
     const { status } = board.model, safe = status.saved_step, n = signalbox.numbers;
-    if (safe === null) return [el("a.sb-button", { href: "./" }, "Change the settings")];
+    const settle = settling(board, status.allowed);
+    if (safe === null) return [el("a.sb-button", { href: "./" }, "Change the settings"), ...settle];
     const resume = ["paused", "stopped"].includes(state) ? "Resume" : `Resume from ${n.count(safe)}`;
     const hasRows = end.step > 0 && ["failed", "diverged"].includes(state);
     const copy = () => navigator.clipboard.writeText(report(board.model, end));
@@ -31,16 +32,25 @@
     return [
       canGoAround && button(around, () => board.actions.command("resume-around"), "primary"),
       status.allowed.includes("resume") && button(resume, () => board.actions.command("resume"), canGoAround ? "" : "primary"),
+      ...settle,
       button("Use this model", () => board.panels.open("Checkpoints")),
       hasRows && button(`Rows of step ${n.count(end.step)}`, () => board.panels.showRows(end.step)),
       state === "failed" && button("Copy report", copy),
     ].filter(Boolean);
   }
 
+  /** What ends the waiting of a run that nobody trains; nothing is deleted by it. */
+  function settling(board, allowed) {
+    const words = { leave: "Leave it", discard: "End it here" };
+    const known = Object.keys(words).filter((command) => allowed.includes(command));
+    return known.map((command) => button(words[command], () => board.actions.command(command)));
+  }
+
   // ---- the states: each gives a title and lines ------------------------------------------------------------------
 
   function stopped(model, end, n) {
-    const title = `Stopped${by(end)} at step ${n.count(end.step ?? model.fast.step)}.`;
+    const title = end.command === "leave" ? `Cut off, and left${by(end)}. The last good step is ${n.count(end.step)}.`
+      : `Stopped${by(end)} at step ${n.count(end.step ?? model.fast.step)}.`;
     return { title, lines: [sentence(saved(model, end, n), freed(model, end, n))] };
   }
 
@@ -72,11 +82,18 @@
   function interrupted(model, end, n) {
     const { status, fast } = model;
     const sign = status.t0 + Math.max(known(model.last(model.clock)), known(model.lastSignBefore(Infinity)));
-    const cause = `the server ended without stopping; last sign ${signalbox.clock(sign)}`;
+    const why = status.cause ? `: ${status.cause}` : "";
+    const cause = `the server ended without stopping${why}; last sign ${signalbox.clock(sign)}`;
     const repeated = status.saved_step === null ? 0 : fast.step - status.saved_step;
     const again = repeated > 0 ? `${steps(repeated, n)} will be repeated.` : null;
     const title = `Cut off at step ${n.count(fast.step)} (${cause}).`;
-    return { title, lines: [sentence(`Safe: ${safe(model, n)}`, again)] };
+    return { title, lines: [sentence(`Safe: ${safe(model, n)}`, again), waits(status)] };
+  }
+
+  /** Why a run that may go on by itself does not do so this time. */
+  function waits({ resumed_itself: count, resumes_allowed: most }) {
+    if (!most || count < most) return null;
+    return `It went on by itself ${count === 1 ? "once" : `${count} times`} since somebody last started it, and waits for you now.`;
   }
 
   // ---- the parts of the sentences --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@
   // kind of event -> how it is told in the Events box; kinds that are missing here are told elsewhere or not at all
   const TOLD = {
     started: () => "started",
-    resumed: () => "resumed",
+    resumed: (e) => (e.auto ? "went on by itself" : "resumed"),
+    cut_off: (e) => (e.cause ? `cut off: ${e.cause}` : "cut off"),
     running: (e) => (e.step ? `training from step ${e.step}` : "training began"),
     checkpoint: (e, n) => `saved ${n.count(e.step)} (${n.disk(e.bytes)}, ${n.duration(e.seconds)})`,
     eval: (e, n) => `held-out ${n.loss(e.loss)} at ${n.count(e.step)}${e.best ? ", best" : ""}`,
