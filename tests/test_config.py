@@ -83,7 +83,7 @@ def test_paths_in_a_config_are_relative_to_the_config_file(tmp_path: Path) -> No
         ({"data": {"dataset_paths": [{"weight": 1}]}}, "entry 1 has no path."),
         ({"data": {"dataset_paths": [{"path": "x", "wieght": 1}]}}, 'has the unknown key "wieght"'),
         ({"hyperparams": {"learning_rat": 1}}, "Closest: hyperparams.learning_rate."),
-        ({"warmup": 1, "notify": {}}, 'there is no setting "notify"'),
+        ({"warmup": 1, "notfy": {}}, 'there is no setting "notfy"'),
         ({"hyperparams": []}, "hyperparams is []. Allowed: a group of settings in { }."),
         (
             {"hyperparams": {"fp_precision": "fp16", "master_weights": "none"}},

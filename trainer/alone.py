@@ -16,6 +16,7 @@ from trainer.cli import REFUSED, install_stop
 from trainer.engine import MUST_RESTART, threads_for
 from trainer.files import make_private_dir
 from trainer.machine import Machine, machine
+from trainer.notify import Notifier
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.schema import Config
@@ -28,6 +29,8 @@ from trainer.workspace import Workspace
 if TYPE_CHECKING:
     from trainer.loop.team import Team
 
+NOTIFY_S = 5.0
+"""So long the command waits, when all else is done, for the webhook to be told."""
 GOOD_ENDS = ("finished", "stopped", "paused")
 
 
@@ -122,7 +125,7 @@ def _help_along(team: Team, here: Machine) -> int:
 def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = False) -> int:
     deadline = Deadline(life.signals, lambda: _give_up(life))
     install_stop(deadline.told)
-    worker = Worker()
+    worker, notifier = Worker(), Notifier(workspace.root)
     run = life.run
     try:
         end = train_to_end(
@@ -132,10 +135,12 @@ def _to_end(life: Life, workspace: Workspace, team: Team | None, quiet: bool = F
             machine(),
             echo=(lambda text: None) if quiet else _say,
             team=team,
+            notifier=notifier,
         )
     finally:
         deadline.close()
         worker.close()
+    notifier.wait(1.0 if deadline.was_told else NOTIFY_S)
     now = status(run)
     if not quiet:
         loss = f", loss {now.loss:.3f}" if now.loss is not None else ""

@@ -30,6 +30,7 @@ from trainer.fields import (
     refused,
     sections,
     shown,
+    shown_group,
     unknown,
 )
 from trainer.legacy import modern
@@ -206,7 +207,7 @@ def _problem(detail: Any) -> FieldProblem:
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return FieldProblem(key, unknown(key))
-    return FieldProblem(key, f"{key} is {shown(detail['input'])}. Allowed: a group of settings in {{ }}.")
+    return FieldProblem(key, f"{key} is {shown_group(key, detail['input'])}. Allowed: a group of settings in {{ }}.")
 
 
 def _entry_problem(info: FieldInfo, inner: list[str], detail: Any) -> FieldProblem:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trainer import launch, lease
@@ -21,13 +21,14 @@ from trainer.ends import End
 from trainer.files import make_private_dir
 from trainer.locks import FileLock
 from trainer.machine import Machine, Nvml, machine
+from trainer.notify import Notifier, message_of
 from trainer.recovery import recover, settle
 from trainer.refusal import Refusal
 from trainer.run import RunDir, new_run_id, status
 from trainer.schema import Config
 from trainer.session import Life, open_life, train_to_end
 from trainer.signals import HURRY_S, Signals
-from trainer.states import Settling, State, allowed
+from trainer.states import LIVE_STATES, Settling, State, allowed
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
@@ -53,6 +54,7 @@ class Engine:
         self.workspace = workspace
         self.worker = worker
         self.poisoned = threading.Event()
+        self.notifier = Notifier(workspace.root)
         self._nvml = Nvml()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._accepted: _Task | None = None  # the training or smoke test that holds the device, waiting or at work
@@ -235,6 +237,7 @@ class Engine:
         in_time = not self._thread.is_alive()
         if not in_time and task is not None and task.life is not None:
             task.life.cut_off()
+        self.notifier.wait(1.0)
         self.worker.close()
         return in_time
 
@@ -248,7 +251,12 @@ class Engine:
         def resume(run: RunDir) -> None:
             self.resume_run(run.run_id, status(run).owner or "the run itself", auto=True)
 
-        return recover(self.workspace.list_runs(), ends, resume)
+        cut = recover(self.workspace.list_runs(), ends, resume)
+        for run in cut:
+            now = status(run)
+            detail = "It goes on by itself." if now.state in LIVE_STATES else "It waits for you."
+            self.notifier.tell(run.run_id, message_of(replace(now, state="interrupted"), detail))
+        return cut
 
     def must_restart(self) -> bool:
         """Whether only a fresh process can train, and nothing is at work here that it would cut off."""
@@ -291,7 +299,7 @@ class Engine:
         life = open_life(run, owner, resumed=resumed, around_rows=around_rows, auto=auto)
 
         def work() -> None:
-            end = train_to_end(life, self.workspace, self.worker, here)
+            end = train_to_end(life, self.workspace, self.worker, here, notifier=self.notifier)
             if life.poisoned:
                 self.poisoned.set()
             if end == "paused" and self.workspace.queue.read().entries:  # somebody wants the device for something else

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
+from trainer import clock
 from trainer.files import fsync_dir, write_whole
 
 DURABLE = frozenset(
@@ -52,7 +52,7 @@ class EventLog:
         """
         with self._lock:
             number = self._next
-            record = {"n": number, "t": round(time.time(), 3), "kind": kind, **wire(fields)}
+            record = {"n": number, "t": round(clock.now(), 3), "kind": kind, **wire(fields)}
             line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
             content = line.encode("utf-8", "backslashreplace")
             try:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo as SchemaField
 
 from trainer.refusal import Refusal
 from trainer.schema import Config, Section, WeightedFile
+from trainer.setting import host_of
 
 Kind = Literal["text", "choice", "whole", "real", "switch", "list", "files"]
 PATH_FIELDS = ("model_path", "data.dataset_path", "data.validation_dataset_path")
@@ -64,6 +65,7 @@ class FieldInfo:
     low_open: bool
     high_open: bool
     default: Any
+    secret: bool
     schema: SchemaField
 
     @property
@@ -81,7 +83,7 @@ class FieldInfo:
         words = {
             "choice": _either(self.choices),
             "switch": "true or false",
-            "text": "text",
+            "text": "an address that begins with https:// or http://, or nothing" if self.secret else "text",
             "list": "a list of texts",
             "files": "a list of files, each with a path and a weight",
         }
@@ -124,6 +126,24 @@ def shown(value: Any) -> str:
             return "a value that is too large"
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
+def without_secrets(dumped: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config (nested) with every secret setting at its default, as it may be written down and shown."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in dumped.items()}
+    for info in fields():
+        section, _, name = info.key.rpartition(".")
+        if info.secret and section in kept:
+            kept[section][name] = info.default
+    return kept
+
+
+def masked(value: Any) -> str:
+    """What of a secret value may be shown: the scheme and the host of an address, of anything else nothing."""
+    if not value:
+        return ""
+    host = host_of(value) if isinstance(value, str) else ""
+    return f"{value.split(':', 1)[0]}://{host}/…" if host else "…"
 
 
 def _unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, list[Any], bool]:
@@ -173,6 +193,7 @@ def _describe(key: str, field: SchemaField) -> FieldInfo:
         low_open="gt" in bounds,
         high_open="lt" in bounds,
         default=field.get_default(call_default_factory=True),
+        secret=bool(extra["secret"]),
         schema=field,
     )
 
@@ -210,6 +231,11 @@ def sections() -> tuple[str, ...]:
     return tuple(dict.fromkeys(info.key.split(".")[0] for info in fields() if "." in info.key))
 
 
+def shown_group(key: str, value: Any) -> str:
+    """A refused value in place of a whole group; hidden where a secret could have been meant."""
+    return shown("…" if any(info.secret and info.key.startswith(f"{key}.") for info in fields()) else value)
+
+
 def unknown(key: str) -> str:
     """The sentence about a key that no setting has, with the closest one that exists."""
     known = [*_by_key(), *sections()]
@@ -224,7 +250,8 @@ def unknown(key: str) -> str:
 
 def refused(info: FieldInfo, value: Any) -> FieldProblem:
     """The problem of a value that its field does not allow: names value and allowed values."""
-    return FieldProblem(info.key, f"{info.name} is {shown(value)}. Allowed: {info.allowed}.")
+    text = shown(masked(value) if info.secret else value)
+    return FieldProblem(info.key, f"{info.name} is {text}. Allowed: {info.allowed}.")
 
 
 def broken_text(info: FieldInfo, value: Any) -> FieldProblem | None:
@@ -234,6 +261,7 @@ def broken_text(info: FieldInfo, value: Any) -> FieldProblem | None:
     texts = [value or ""] if info.kind == "text" else [getattr(entry, "path", entry) for entry in value]
     for text in texts:
         if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-            said = f"{info.name} is {shown(text)}. Allowed: text without zero bytes and halved characters."
+            seen = shown(masked(text) if info.secret else text)
+            said = f"{info.name} is {seen}. Allowed: text without zero bytes and halved characters."
             return FieldProblem(info.key, said)
     return None

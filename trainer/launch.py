@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import profiles
+from trainer.fields import without_secrets
 from trainer.files import read_json
 from trainer.machine import Machine
 from trainer.models.adapter import base_path
+from trainer.notify import keep_webhook
 from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
 from trainer.schema import Config
@@ -116,7 +118,7 @@ def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threa
     """What the run is made of, written once into its config.json."""
     model = Path(config.model_path)
     return {
-        "config": config.model_dump(mode="json"),
+        "config": without_secrets(config.model_dump(mode="json")),
         "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
         "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
         "data": {"files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]},
@@ -164,4 +166,6 @@ def new_run(
     prompt = prompt_of(config, workspace.profiles)
     made = {**snapshot(config, prompt, machine, owner, threads), "workspace": str(workspace.root)}
     notes = {"name": name.strip() or auto_name(config), "why": why.strip()}
-    return create_run(workspace.runs, made, output, notes), prompt
+    run = create_run(workspace.runs, made, output, notes)
+    keep_webhook(workspace.root, run.run_id, config.notify.webhook_url)
+    return run, prompt

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from trainer import locks
+from trainer import clock, locks
 from trainer.refusal import Refusal
 
 
@@ -39,7 +39,7 @@ def acquire(device: str, *, kind: str, owner: str, run_id: str, name: str) -> lo
     note = {
         "kind": kind,
         "owner": owner,
-        "since": time.time(),
+        "since": clock.now(),
         "run_id": run_id,
         "name": name,
         "pid": os.getpid(),
@@ -58,7 +58,7 @@ def holder(device: str) -> Holder | None:
     return Holder(
         str(note.get("kind", "train")),
         str(note.get("owner", "another program")),
-        float(note.get("since", time.time())),
+        float(note.get("since", clock.now())),
         str(note.get("run_id", "")),
         str(note.get("name", "")),
     )

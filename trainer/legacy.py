@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.fields import ConfigError, FieldProblem, sections, shown
+from trainer.fields import ConfigError, FieldProblem, sections, shown, shown_group
 from trainer.schema import HyperparamSettings
 
 _OUTPUT = {"save_steps": "output.save_steps", "save_total_limit": "output.save_total_limit"}
@@ -84,7 +84,7 @@ def _flattened(raw: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict):
             flat |= {f"{key}.{inner}": content for inner, content in value.items()}
         else:
-            text = f"{key} is {shown(value)}. Allowed: a group of settings in {{ }}."
+            text = f"{key} is {shown_group(key, value)}. Allowed: a group of settings in {{ }}."
             raise ConfigError([FieldProblem(key, text)])
     return flat
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import locks
+from trainer import clock, locks
 from trainer.events import read_events
 from trainer.files import make_private_dir, read_json, write_json
 from trainer.metrics import RECORD, read_records
@@ -110,7 +110,7 @@ def create_run(
             make_private_dir(folder)
         if notes:
             write_json(run.notes, notes)
-        write_json(run.config, {"run_id": run.run_id, "created": time.time(), **snapshot})
+        write_json(run.config, {"run_id": run.run_id, "created": clock.now(), **snapshot})
     except OSError as error:
         raise Refusal(f"Cannot write the run to {path}: {error.strerror or error}. Choose another folder.") from None
     return run
@@ -259,7 +259,7 @@ class StatusReader:
         if status.steps_per_epoch:
             status.epoch = status.current_step / status.steps_per_epoch
         status.eta_s = None
-        mine = recent[recent["t"] >= (self._life_began or 0.0)]
+        mine = recent[_begin_of_life(recent["t"], self._life_began or 0.0) :]
         if status.total_steps and status.state in LIVE_STATES and status.current_step >= 20 and len(mine) >= 5:
             # by the wall clock of this life, so that held-out checks, samples and saves are in it
             pace_s = float(mine["t"][-1] - mine["t"][0]) / (len(mine) - 1)
@@ -275,6 +275,15 @@ def is_trained(run: RunDir) -> bool:
 def status(run: RunDir) -> Status:
     """The status of `run`, read from nothing; Refusal when this is no run directory."""
     return StatusReader(run).read()
+
+
+def _begin_of_life(times: np.ndarray, began: float) -> int:
+    """Index of the first record of this life: behind the last one that is older than it or newer than its follower.
+
+    A clock that was put back between two lives leaves records that seem to come from the future.
+    """
+    outside = np.flatnonzero((times < began) | np.append(np.diff(times) < 0, False))
+    return int(outside[-1]) + 1 if len(outside) else 0
 
 
 def _number(value: Any) -> float | None:

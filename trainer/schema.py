@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainer.setting import Count, Group, Real, Section, setting
+from trainer.setting import Count, Group, Real, Section, WebAddress, host_of, setting
 
 __all__ = ["Config", "Count", "Group", "Real", "Section", "WeightedFile", "setting"]
 
@@ -375,6 +375,21 @@ class AlertSettings(Section):
     )
 
 
+class NotifySettings(Section):
+    """Who is told when a run ends or stands still while nobody looks."""
+
+    webhook_url: WebAddress = setting(
+        "",
+        "Webhook",
+        "Told when a run ends, fails or stands still: Slack, Discord, ntfy, else plain JSON. Kept secret.",
+        "Notify",
+        secret=True,
+    )
+
+    def __repr_args__(self) -> list[tuple[str, str]]:
+        return [("webhook_url", host_of(self.webhook_url))]  # a traceback may print settings
+
+
 class Config(Section):
     """Everything a run is made of."""
 
@@ -388,6 +403,7 @@ class Config(Section):
     output: OutputSettings = OutputSettings()
     eval: EvalSettings = EvalSettings()
     alerts: AlertSettings = AlertSettings()
+    notify: NotifySettings = NotifySettings()
 
     @model_validator(mode="after")
     def _precision_and_masters_agree(self) -> Config:

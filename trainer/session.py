@@ -22,12 +22,14 @@ from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
+from trainer.notify import Message, Notifier, message_of
 from trainer.recovery import SHUTDOWN, trainer_note
 from trainer.refusal import Refusal
 from trainer.rewind import go_around, rewind
-from trainer.run import RunDir
+from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.signals import ControlWatch, Signals
+from trainer.stall import StallWatch
 from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 from trainer.workspace import Workspace
@@ -102,11 +104,12 @@ def train_to_end(
     *,
     echo: Callable[[str], None] | None = None,
     team: Team | None = None,
+    notifier: Notifier | None = None,
 ) -> str:
     """Train `life.run` until it ends, write the last event, free everything; returns the last event's kind.
 
     Never raises for what happens inside: a Refusal or a fault becomes a `failed` event with its cause. `team` is that of
-    the processes which torchrun started, this one leading it.
+    the processes which torchrun started, this one leading it; `notifier` tells the run's webhook.
     """
 
     def say(text: str) -> None:
@@ -123,6 +126,10 @@ def train_to_end(
         telemetry = Telemetry(life.run.telemetry, _allocator if gpu else None, gpu.index if gpu else None)
         telemetry.start()
         unwind.callback(telemetry.stop)
+        tell = (lambda message: notifier.tell(life.run.run_id, message)) if notifier else (lambda message: None)
+        stall = StallWatch(life.run, life.events, telemetry, tell)
+        stall.start()
+        unwind.callback(stall.stop)
         kind, fields = _attempt(life, workspace, worker, machine, telemetry, say, team)
         if kind == "stopped" and fields.get("by") == SHUTDOWN:
             fields["boot"] = boot_id()
@@ -135,7 +142,15 @@ def train_to_end(
             print(
                 f"The end of run {life.run.run_id} could not be recorded: {error.strerror or error}.", file=sys.stderr
             )
+        _tell_end(life.run, tell)
         return kind
+
+
+def _tell_end(run: RunDir, tell: Callable[[Message | None], None]) -> None:
+    try:
+        tell(message_of(status(run)))
+    except (OSError, ValueError):
+        pass  # the run's files were taken away: there is nothing to tell of
 
 
 def _attempt(

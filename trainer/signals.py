@@ -75,6 +75,11 @@ class Deadline:
         self._signals.ask("stop", by)
         self._told_s = self._told_s or time.monotonic()
 
+    @property
+    def was_told(self) -> bool:
+        """Whether a signal came."""
+        return self._told_s is not None
+
     def close(self) -> None:
         """The run is through: nothing is to be hurried any more."""
         self._ended.set()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainer.config import flatten
+from trainer.fields import without_secrets
 from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import smoke_checks as checks
@@ -37,7 +38,7 @@ def run_smoke(
     interrupt: Callable[[], bool],
 ) -> dict[str, Any]:
     """Run every check that is possible here, write `folder`/report.json as it goes, return the report; never raises."""
-    report = Report(folder / "report.json", judged=flatten(config.model_dump(mode="json")))
+    report = Report(folder / "report.json", judged=flatten(without_secrets(config.model_dump(mode="json"))))
     before = used_gib(here.gpu is not None)
     state = "done"
     try:

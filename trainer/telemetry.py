@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from trainer import clock
 from trainer.machine import GIB, Nvml
 from trainer.metrics import RecordFile
 
@@ -75,7 +75,7 @@ class Telemetry:
 
     def _sample(self) -> None:
         values = dict.fromkeys(COLUMNS, NOT_MEASURED)
-        values["t"] = time.time()
+        values["t"] = clock.now()
         values["process_gib"] = self._process.memory_info().rss / GIB
         if self._allocator is not None:
             values["allocated_gib"], values["reserved_gib"] = self._allocator()

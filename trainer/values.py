@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from trainer.fields import ConfigError, FieldInfo, FieldProblem, broken_text, field, refused, shown
+from trainer.fields import ConfigError, FieldInfo, FieldProblem, broken_text, field, masked, refused, shown
 from trainer.schema import WeightedFile
 
 
@@ -99,7 +99,9 @@ def _list_of_files(text: str) -> Any:
 
 
 def as_text(info: FieldInfo, value: Any) -> str:
-    """The value as the form shows it; `parse_value` reads it back to the same value."""
+    """The value as the form shows it; `parse_value` reads it back to the same value. Of a secret its host alone."""
+    if info.secret:
+        return masked(value)
     if value is None:
         return ""
     if info.kind == "switch":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import profiles
-from trainer.config import Change, Config, diff, resolve
+from trainer.config import Change, Config, diff, field, resolve
 from trainer.data.conversation import PROBLEM_NAMES
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
@@ -280,7 +280,7 @@ def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Change, ...]]:
     for run in site.workspace.list_runs()[:RUNS_LOOKED_AT]:
         found = _if_finished(run, tuple(stamp(run.events)), tuple(stamp(run.notes)))
         if found is not None:
-            return found[0], tuple(diff(found[1], config))
+            return found[0], tuple(change for change in diff(found[1], config) if not field(change.field).secret)
     return "", ()
 
 

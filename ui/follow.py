@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import metrics, telemetry
+from trainer import clock, metrics, telemetry
 from trainer.events import read_events, wire
 from trainer.launch import approximations
 from trainer.run import RunDir, Status, StatusReader
@@ -102,7 +101,7 @@ class Follower:
                 points = self._news(cursor, counts)
                 events, position = self._new_events(cursor, reader)
         answer: dict[str, Any] = {"gen": status.gen, "reset": reset, "next": str(Cursor(*counts, position))}
-        answer |= {"now": round(time.time() - self._created, 1)} | fast
+        answer |= {"now": round(clock.now() - self._created, 1)} | fast
         mark = hashlib.blake2s(json.dumps(slow, sort_keys=True).encode(), digest_size=4).hexdigest()
         if reset or mark != seen:
             answer |= {"h": mark, "s": slow}

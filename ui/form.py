@@ -27,9 +27,12 @@ FIRST = (
 )  # fmt: skip
 """The order of thought; the other fields follow in the order of the schema."""
 LONG_TEXT = ("profile.system_prompt",)
+SEND_TEST = """<div class="sb-row" id="notify-test"><button type="button" class="sb-button">Send test</button>
+<span class="sb-help" id="notify-said" role="status"></span></div>"""
+"""What stands below the webhook; `assets/train_notify.js` fills it."""
 PICKED = ("model_path", "data.dataset_path", "data.validation_dataset_path", "profile.name")
 SEGMENTED = ("hyperparams.method",)
-WIDE = (*PICKED[:2], *LONG_TEXT, "data.dataset_paths", "eval.sample_prompts")
+WIDE = (*PICKED[:2], *LONG_TEXT, "data.dataset_paths", "eval.sample_prompts", "notify.webhook_url")
 # labels of choices that are no words of their own, or that need a warning
 _CHOICE_LABELS = {
     "full": "Full",
@@ -72,6 +75,8 @@ def build_form() -> Form:
             if name not in OPEN_GROUPS:
                 with _disclosure(name, any(info.basic for info in by_group[name])):
                     components |= _fields(by_group[name])
+                    if name == "Notify":
+                        gr.HTML(SEND_TEST, elem_classes=["sb-wide-field"], apply_default_css=False, js_on_load=None)
     return Form({info.key: components[info.key] for info in fields()})
 
 

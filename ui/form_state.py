@@ -13,6 +13,7 @@ from trainer.config import (
     Change,
     Config,
     ConfigError,
+    FieldInfo,
     FieldProblem,
     as_text,
     field,
@@ -25,6 +26,7 @@ from trainer.config import (
     retired,
     unflatten,
 )
+from trainer.fields import masked
 from trainer.files import child
 from trainer.refusal import Refusal
 from trainer.workspace import Workspace
@@ -84,9 +86,17 @@ def form_state(workspace: Workspace, config_path: Path, draft: Draft) -> FormSta
     except ConfigError as error:  # two settings that cannot go together
         problems |= {p.field: p.message for p in error.problems}
         config = None
-    texts = {info.key: draft.values.get(info.key, as_text(info, get(base, info.key))) for info in fields()}
+    texts = {info.key: _text(info, draft, base) for info in fields()}
     changes = _changes(base, good, draft, problems)
     return FormState(base_name, config, merged(sparse, layer), texts, problems, changes, gone)
+
+
+def _text(info: FieldInfo, draft: Draft, base: Config) -> str:
+    """What a field shows: the text as typed, else the base's value; of a secret one only what may be shown."""
+    typed = draft.values.get(info.key)
+    if typed is None:
+        return as_text(info, get(base, info.key))
+    return masked(typed) if info.secret else typed
 
 
 def _parsed(workspace: Workspace, draft: Draft, problems: dict[str, str]) -> dict[str, Any]:

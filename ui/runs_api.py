@@ -20,6 +20,7 @@ from trainer import checkpoint, locks, metrics
 from trainer.events import wire
 from trainer.fields import PATH_FIELDS, fields
 from trainer.files import read_json, write_json
+from trainer.notify import forget_webhook
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.run_delete import delete_run, disk_bytes, name_to_type
@@ -158,6 +159,7 @@ class RunsApi:
             raise Refusal("Type the run's name to delete it.")
         freed_bytes = await run_in_threadpool(delete_run, run, typed)
         await run_in_threadpool(self._site.workspace.queue.remove, run.run_id)
+        await run_in_threadpool(forget_webhook, self._site.workspace.root, run.run_id)
         with self._lock:
             self._rows.pop(run.run_id, None)
         return json_reply({"freed_bytes": freed_bytes})

@@ -23,6 +23,7 @@ from starlette.routing import Route
 import ui.data_api
 import ui.feed
 import ui.models_api
+import ui.notify_api
 import ui.queue_api
 import ui.routes
 import ui.routes_train
@@ -57,7 +58,7 @@ def build_pages(site: Site) -> gr.Blocks:
 
 def our_routes(site: Site) -> list[Route]:
     """Every route that is not Gradio's, in the order they are tried."""
-    parts = (ui.routes, ui.feed, ui.routes_train, ui.queue_api, ui.data_api, ui.models_api)
+    parts = (ui.routes, ui.feed, ui.routes_train, ui.queue_api, ui.data_api, ui.models_api, ui.notify_api)
     return [route for part in parts for route in part.routes(site)]
 
 

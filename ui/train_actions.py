@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.config import as_text, parse_value
 from trainer.config import field as setting
-from trainer.fields import PATH_FIELDS
+from trainer.fields import PATH_FIELDS, masked
 from trainer.files import NAME
 from trainer.refusal import Refusal
 from ui.drafts import Draft
@@ -46,8 +46,10 @@ def act_of(data: Any) -> Act:
     return Act(str(data["act"]), str(data.get("key") or ""), str(data.get("name") or ""), values)
 
 
-def check_paths(site: Site, caller: Caller, values: dict[str, str]) -> None:
-    """Refuse paths outside the workspace and its roots to everybody but the owner of this machine's files."""
+def check_rights(site: Site, caller: Caller, values: dict[str, str]) -> None:
+    """Refuse secrets, and paths outside the workspace and its roots, to everybody but the owner."""
+    if not caller.may("webhook") and any(setting(key).secret for key in values):
+        raise Refusal("Only the owner may set the webhook. Nothing was changed.", "notify.webhook_url")
     if caller.may("paths"):
         return
     for key, text in values.items():
@@ -68,8 +70,10 @@ def apply(site: Site, draft: Draft, act: Act) -> Draft:
 
 
 def changed_by_hand(site: Site, draft: Draft, key: str, text: str) -> Draft:
-    """The draft after a person changed a field; a text equal to the base's is no change."""
+    """The draft after a person changed a field; a text equal to the base's is no change, a secret's mask neither."""
     base = form_state(site.workspace, site.config_path, replace(draft, values={}))
+    if setting(key).secret and key in draft.values and text == masked(draft.values[key]):
+        return draft
     changed = draft.without(key) if base.texts[key] == text else draft.with_value(key, text)
     return _with_rate(base.texts, changed) if key == METHOD else changed
 

@@ -18,7 +18,7 @@ from ui.form_state import FormState, form_state, problem_list, saved_names
 from ui.gate import blocking, gate_lines
 from ui.guard import Caller
 from ui.site import Site
-from ui.train_actions import act_of, apply, check_paths
+from ui.train_actions import act_of, apply, check_rights
 
 _NAME_CHARACTERS = 120
 _WHY_CHARACTERS = 400
@@ -33,7 +33,7 @@ def typed(site: Site, caller: Caller, body: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Refusal("The page sent something that is not understood. Reload it.")
     act = act_of({"act": "set", "values": values})
-    check_paths(site, caller, act.values)
+    check_rights(site, caller, act.values)
     before = site.drafts.read(caller.session).automatic
     after = site.drafts.change(caller.session, lambda draft: apply(site, draft, act)).automatic
     return {"others": any(key not in act.values for key in before.keys() ^ after.keys())}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint
+from trainer import checkpoint, clock
 from trainer.loop.diverged import cause_of
 from trainer.loop.evaluate import held_out_loss
 from trainer.loop.ready import Ready, Surroundings
@@ -171,7 +171,7 @@ class Training:
         memory = self.around.telemetry.latest
         values = {
             "step": record.step,
-            "t": time.time(),
+            "t": clock.now(),
             "elapsed_s": self.progress.elapsed_s,
             "loss": loss,
             "grad_norm": norm,

@@ -262,6 +262,7 @@
     fields.view(localStorage.getItem("signalbox-view") === "all" ? "all" : "basic");
     signalbox.trainView?.(root);
     signalbox.trainBatch?.(fields);
+    signalbox.trainNotify?.(root, fields);
     ask();
   }
 })();

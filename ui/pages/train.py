@@ -27,7 +27,7 @@ from ui.guard import require
 from ui.pages import train_parts as parts
 from ui.routes import asset_url
 from ui.site import Site
-from ui.train_actions import act_of, apply, check_paths
+from ui.train_actions import act_of, apply, check_rights
 
 # what the bus carries to the page's script: the draft's revision, which tells it to ask for the new state
 _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
@@ -36,7 +36,7 @@ _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
 def build(site: Site) -> None:
     """Build the page into the current Blocks."""
     header(site, "Train")
-    scripts = ("elements.js", "train_fields.js", "train_view.js", "train_batch.js", "train.js")
+    scripts = ("elements.js", "train_fields.js", "train_view.js", "train_batch.js", "train_notify.js", "train.js")
     head = "".join(f'<script src="{asset_url(name)}"></script>' for name in scripts)
     styles = ("train.css", "train_form.css", "train_batch.css")
     head += "".join(f'<link rel="stylesheet" href="{asset_url(name)}">' for name in styles)
@@ -77,7 +77,7 @@ def _listen(site: Site, form: Form, bus: gr.HTML) -> None:
         caller = require(request, "save_config")
         try:
             act = act_of(event._data)
-            check_paths(site, caller, act.values)
+            check_rights(site, caller, act.values)
             before = _state(site, site.drafts.read(caller.session))
             draft = site.drafts.change(caller.session, lambda draft: apply(site, draft, act))
         except Refusal as refusal:
