@@ -272,9 +272,7 @@ class Engine:
         self._accepted = task
         self._tasks.put(task)
 
-    def _begin(
-        self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False
-    ) -> None:
+    def _begin(self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False) -> None:
         here = self.machine()
         with self._start:
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)

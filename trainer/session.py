@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -67,9 +68,7 @@ class Life:
         self.lock.release()
 
 
-def open_life(
-    run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False, auto: bool = False
-) -> Life:
+def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False, auto: bool = False) -> Life:
     """Take the run's lock and write its first event; Refusal when another process trains it.
 
     `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate. `auto` says that the run goes

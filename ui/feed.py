@@ -105,9 +105,7 @@ class Feed:
             return json_reply({"error": _refused(command, status)}, 409)
         if command in ("resume", "resume-around"):
             around = command == "resume-around"
-            await run_in_threadpool(
-                lambda: self._site.engine.resume_run(run.run_id, caller.role, around_rows=around)
-            )
+            await run_in_threadpool(lambda: self._site.engine.resume_run(run.run_id, caller.role, around_rows=around))
         elif command in get_args(Settling):
             await run_in_threadpool(self._site.engine.settle, run.run_id, command, caller.role)
         else:
