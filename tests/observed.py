@@ -22,8 +22,12 @@ from trainer.data.tokens import TokenCache
 from trainer.events import all_events
 from trainer.loop.step import Stepper
 from trainer.metrics import read_metrics, read_rows
+from trainer.notify import webhook_of
+from trainer.recovery import recover
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
+from trainer.schema import Config
+from trainer.session import open_life
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
@@ -205,3 +209,17 @@ def compiled(seen: Seen) -> int:
 def rewinds(seen: Seen) -> int:
     """How often the run went back."""
     return len(seen.events("rewind"))
+
+
+def webhook(seen: Seen) -> str:
+    """The address kept for the run, outside its folder; tests/test_notify.py shows the requests."""
+    return webhook_of(seen.workspace.root, seen.here.run_id)
+
+
+def goes_on_by_itself(seen: Seen) -> bool:
+    """Whether a run of the same settings that was cut off is resumed when a server comes up."""
+    run = runs.new(seen.workspace, Config.model_validate(seen.here.snapshot()["config"]))
+    open_life(run, "test", resumed=False).close()
+    resumed: list[RunDir] = []
+    recover([run], [], resumed.append)
+    return resumed == [run]

@@ -31,7 +31,7 @@ class Line:
     """One setting: the value it is changed to, where that is seen, and what must not change with it.
 
     `right(before, after)` says that the observation is what it should be, where "another" is not enough. `given` is set
-    in both runs. {model}, {data}, {second}, {other} in values are the place's own paths.
+    in both runs. {model}, {data}, {second}, {other}, {untaught} in values are the place's own paths.
     """
 
     key: str
@@ -87,6 +87,10 @@ TABLE = (
         (o.token_key,), CHECKED | {"data.validation_split": 0.5},
     ),
     Line("data.too_long", "drop", o.plan, lambda a, b: a["rows"] == 16 > b["rows"] > 0, (o.rates,), SHORT),
+    Line(
+        "data.chat_template", "chatml", o.end, lambda a, b: a[0] != "finished" == b[0] and "template" in a[1],
+        given={"model_path": "{untaught}"},
+    ),
     Line("data.seed", 7, o.order, same=(o.rates, o.token_key)),
     Line("hyperparams.method", "lora", o.saved_tensors, lambda a, b: all("lora_" in name for name in b), (o.order,)),
     Line("hyperparams.batch_size", 1, o.order, lambda a, b: [len(a[0]), len(b[0])] == [4, 2], (o.token_key, o.rates)),
@@ -135,6 +139,7 @@ TABLE = (
         "output.save_total_limit", 2, o.kept, lambda a, b: (a, b) == ([2, 3, 4], [3, 4]), (*TRAINING, o.saved),
         {"output.save_steps": 1},
     ),
+    Line("output.resume_interrupted", 1, o.goes_on_by_itself, lambda a, b: (a, b) == (False, True), TRAINING),
     Line(
         "eval.eval_strategy", "epoch", o.checks, lambda a, b: [s for s, _ in a] == [0, 2, 4] and [s for s, _ in b] == [0, 4],
         TRAINING, CHECKED,
@@ -148,6 +153,7 @@ TABLE = (
     Line("eval.sample_max_tokens", 2, o.samples, lambda a, b: len(b[0][2]) < len(a[0][2]), TRAINING, SAMPLED),
     Line("eval.sample_max_s", 1e-6, o.samples, lambda a, b: len(b[0][2]) < len(a[0][2]), TRAINING, SAMPLED),
     Line("alerts.loss_spike", 0, o.alerts, lambda a, b: "spike" in a and "spike" not in b, TRAINING, SPIKY),
+    Line("notify.webhook_url", "http://127.0.0.1:9/hook", o.webhook, lambda a, b: a == "" and b.endswith("/hook"), TRAINING),
     Line("alerts.disk_free_gb", 100_000, o.alerts, lambda a, b: a == [] and b == ["disk"], TRAINING),
 )  # fmt: skip
 """All settings; the walker below makes both runs of each line."""
@@ -189,6 +195,8 @@ class Runs:
         shutil.copytree(self.paths["model"], root / "other")
         weights = tiny_model_dir(root / "seed", hidden=32, layers=1, seed=5) / "model.safetensors"
         self.paths["other"] = Path(shutil.copy(weights, root / "other" / "model.safetensors")).parent
+        self.paths["untaught"] = Path(shutil.copytree(self.paths["model"], root / "untaught"))
+        (self.paths["untaught"] / "chat_template.jinja").unlink()
         lines = runs.write_rows(root / "all.jsonl", 30).read_text().splitlines(keepends=True)
         self.paths["second"] = root / "second.jsonl"
         self.paths["second"].write_text("".join(lines[20:28]))
