@@ -122,12 +122,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], tuple[str, ...]]] = {
     "data of blank lines": (lambda p: rows(p, "", "  ", ""), [], ("No row of 0",)),
     "an empty text file": (lambda p: rows(p, name="book.txt"), ["--dataset", "book.txt"], ("No row of 0",)),
     "no usable row": (lambda p: rows(p, "x", "{}"), [], ("2 with problems", "Line 1: bad JSON")),
-    "all labels cut away": (lambda p: rows(p, LATE, LATE), [], ("2 with no token to learn in the first 128",)),
+    "all labels cut away": (lambda p: rows(p, LATE, LATE), [], ("2 with no answer in the first 128 tokens",)),
     "rows too long, dropped": (
         lambda p: rows(p, LATE), ["--set", "data.too_long=drop"], ("1 longer than 128 tokens",)),
     "rows too long, refused": (
         lambda p: rows(p, GOOD, LATE), ["--set", "data.too_long=refuse"], ("Rows longer than 128 tokens: 1", "lines 2")),
-    "texts of no token": (silent_tokenizer, [], ("2 with no token to learn",)),
+    "texts of no token": (silent_tokenizer, [], ("2 with problems", "Line 1: the tokenizer makes no token of this text")),
     "a template that writes nothing": (silent_template, [], ("drops or rewrites message",)),
     "ids beyond the vocabulary": (small_vocabulary, [], ("The data has the token", "vocabulary ends at 299")),
     "no template": (without_template, [], ("no chat template", "data.chat_template=chatml")),

@@ -138,7 +138,7 @@ def test_wherever_a_row_is_cut_its_labels_are_those_of_the_whole_row_and_no_end_
     for limit in range(8, len(whole.ids) + 2):
         cache = tokens_of(model, data, tmp_path / "tokens", limit) if limit > first_label else None
         if cache is None:  # nothing of an answer is left, also not of the short row
-            with pytest.raises(Refusal, match=f"2 with no token to learn in the first {limit}"):
+            with pytest.raises(Refusal, match=f"2 with no answer in the first {limit} tokens"):
                 tokens_of(model, data, tmp_path / "tokens", limit)
             continue
         kept = min(limit, len(whole.ids))

@@ -135,7 +135,7 @@ def test_files_without_a_usable_row_are_refused_with_the_first_reason(model: Pat
     for name, content, words in [
         ("empty", "", "No row of 0 can be trained: there is none."),
         ("bad", "x\ny", "No row of 2 can be trained: 2 with problems. Line 1: bad JSON"),
-        ("late", chat("q " * 300, "a"), "1 with no token to learn in the first 128"),
+        ("late", chat("q " * 300, "a"), "1 with no answer in the first 128 tokens"),
     ]:
         with pytest.raises(Refusal) as caught:
             build(request(model, write(tmp_path / name, content)), tmp_path / "tokens")

@@ -149,10 +149,11 @@ class Builder:
                 raise
             self._problem(file_number, row.line, "template", line_sentence(row.line, refusal))
             return
-        pieces = pieces_of(ids, self.request.max_length)
-        if len(ids) < 2:  # the tokenizer makes nothing of this text: its end alone cannot be predicted
-            self.count["rows_without_labels"] += 1
+        if len(ids) < 2:  # an end alone, which nothing predicts
+            text = f"Line {row.line:,}: the tokenizer makes no token of this text."
+            self._problem(file_number, row.line, "template", text)
             return
+        pieces = pieces_of(ids, self.request.max_length)
         for number, piece in enumerate(pieces):
             self._write(file_number, row, piece, labels_of(piece), piece=number, cut=0)
         self.count.update(documents=1, pieces=len(pieces))
@@ -186,7 +187,7 @@ class Builder:
         found = (
             (self.count["rows_skipped"], "with problems"),
             (dropped, f"longer than {limit:,} tokens"),
-            (self.count["rows_without_labels"], f"with no token to learn in the first {limit:,}"),
+            (self.count["rows_without_labels"], f"with no answer in the first {limit:,} tokens"),
         )
         what = ", ".join(f"{number:,} {text}" for number, text in found if number) or "there is none"
         first = f" {self.problems[0]['message']}" if self.problems else ""
