@@ -53,12 +53,7 @@ class DataSettings(Section):
         "", "Held-out file", "A file of its own for held-out loss; empty: a part of the data.", "Held-out"
     )
     validation_split: Real = setting(
-        0.05,
-        "Held-out share",
-        "Share of the rows kept out of training to measure held-out loss.",
-        "Held-out",
-        ge=0,
-        le=0.5,
+        0.05, "Held-out share", "Share of the rows kept out to measure held-out loss.", "Held-out", ge=0, le=0.5
     )
     validation_max_rows: Count = setting(
         200,
@@ -76,10 +71,7 @@ class DataSettings(Section):
         "What",
     )
     chat_template: Literal["model", "chatml"] = setting(
-        "model",
-        "Chat template",
-        "How turns are put together: the model's own way, or plain ChatML for models that have none.",
-        "What",
+        "model", "Chat template", "The model's own, or plain ChatML for models that have none.", "What"
     )
     seed: Count = setting(
         42,
