@@ -74,12 +74,7 @@ class DataSettings(Section):
         "model", "Chat template", "The model's own, or plain ChatML for models that have none.", "What"
     )
     seed: Count = setting(
-        42,
-        "Seed",
-        "Fixes the order of rows and all random draws; same seed, same run.",
-        "How",
-        ge=0,
-        le=2**31 - 1,
+        42, "Seed", "Fixes the order of rows and all random draws; same seed, same run.", "How", ge=0, le=2**31 - 1
     )
 
     @property
