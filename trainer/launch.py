@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import profiles
+from trainer import disk_need
 from trainer.fields import without_secrets
 from trainer.files import read_json
 from trainer.machine import Machine
@@ -164,6 +165,7 @@ def new_run(
     """Check, then make the run's directory. Raises Refusal; then nothing was written."""
     check_paths(config)
     prompt = prompt_of(config, workspace.profiles)
+    disk_need.refuse_a_full_disk(config, output or workspace.runs)
     made = {**snapshot(config, prompt, machine, owner, threads), "workspace": str(workspace.root)}
     notes = {"name": name.strip() or auto_name(config), "why": why.strip()}
     run = create_run(workspace.runs, made, output, notes)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainer import checkpoint
+from trainer.disk_need import file_size
 from trainer.events import EventLog
 from trainer.files import write_json
 from trainer.loop import optim
@@ -97,8 +98,8 @@ class Saver:
         free = checkpoint.free_bytes(self._checkpoints)
         if free < shot.size_bytes * 1.05:
             raise Refusal(
-                f"The disk is full: the checkpoint of step {shot.step} needs {shot.size_bytes / 1e9:.1f} GB, "
-                f"{free / 1e9:.1f} GB is free. The checkpoints before it are whole."
+                f"The disk is full: the checkpoint of step {shot.step} needs {file_size(shot.size_bytes)}, "
+                f"{file_size(free)} is free. The checkpoints before it are whole."
             )
         self._thread = threading.Thread(target=self._write, args=(shot, pinned, sync_curve), name="saver")
         self._thread.start()
