@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import launch, lease
 from trainer.cli import REFUSED, install_stop
+from trainer.console import say
 from trainer.engine import MUST_RESTART, threads_for
 from trainer.files import make_private_dir
 from trainer.machine import Machine, machine
@@ -40,7 +41,7 @@ def owner_here() -> str:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    say(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 def ask_worker(op: str, **args: Any) -> Any:
@@ -62,7 +63,7 @@ def train_alone(workspace: Workspace, config: Config, output: Path | None) -> in
         with _devices(here, team, run_id="", name=launch.auto_name(config)):
             threads = max(1, threads_for(here) // (team.size if team else 1))
             run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads, output=output)
-            print(f"Run directory: {run.path}", flush=True)
+            say(f"Run directory: {run.path}")
             return _to_end(open_life(run, owner_here(), resumed=False), workspace, team)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from trainer.files import read_json, write_json
+from trainer.files import read_json
 from trainer.refusal import Refusal
 from trainer.states import Command
 
@@ -28,7 +29,10 @@ def drop(control: Path, command: str, by: str = "command line", **args: Any) -> 
         raise Refusal(f"'{command}' is no command. Known: {', '.join(get_args(Command))}.")
     control.mkdir(mode=0o700, exist_ok=True)
     name = f"{time.time_ns():020d}-{secrets.token_hex(2)}.json"
-    write_json(control / name, {"command": command, "by": by, "args": args})
+    # whole or not at all, but not forced to the disk: a command is for a trainer that lives, and must not wait for one
+    staging = control / f".{name}.tmp"
+    staging.write_text(json.dumps({"command": command, "by": by, "args": args}), encoding="utf-8")
+    staging.rename(control / name)
 
 
 def take(control: Path) -> list[Order]:

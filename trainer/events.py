@@ -65,8 +65,9 @@ class EventLog:
                     raise
                 return 0  # a full disk costs a line of the log, not the run
             self._next += 1
-            if kind in DURABLE:
-                os.fsync(self._file.fileno())
+            fd = self._file.fileno()
+        if kind in DURABLE:
+            os.fsync(fd)  # outside the lock: a slow disk must not hold up the answer to a stop
         return number
 
     def _ends_whole(self) -> bool:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import platform
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,22 @@ class Machine:
         return f"{name} · {free:.1f} GiB free"
 
 
+PATIENCE_S = 2.0
+"""So long a question to the driver may take; a driver that hangs costs the answer, and no thread but its own."""
+NO_READING: dict[str, float | None] = dict.fromkeys(
+    ("device_gib", "limit_gib", "utilisation", "temperature_c", "power_w")
+)
+
+
 class Nvml:
-    """The driver's library; every reading is None where there is no driver, no GPU, or the call fails."""
+    """The driver's library; every reading is None where there is no driver, no GPU, or the call fails or hangs."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
         self._handles: list[Any] = []
+        self._known: dict[int, Gpu] = {}
+        self._asking: threading.Thread | None = None
+        self._turn = threading.Lock()
         try:
             import pynvml
 
@@ -75,22 +87,46 @@ class Nvml:
     def _ask(self, function: str, *args: Any) -> Any:
         try:
             return getattr(self._nvml, function)(*args)
-        except self._nvml.NVMLError:
+        except (self._nvml.NVMLError, OSError, AttributeError, ValueError):  # also a library that was taken away
             return None
 
+    def _patiently(self, question: Callable[[], Any]) -> Any:
+        """The answer, or None when it takes too long; while a question hangs, none further is asked."""
+        answer: list[Any] = []
+        with self._turn:
+            if self._asking is not None and self._asking.is_alive():
+                return None
+            asking = threading.Thread(target=lambda: answer.append(question()), name="nvml", daemon=True)
+            self._asking = asking
+            asking.start()
+            asking.join(PATIENCE_S)
+        return answer[0] if answer else None
+
     def gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs this process may use, in the order torch numbers them."""
-        found = []
+        """The GPUs this process may use, in the order torch numbers them; one that does not answer as it was last known."""
+        if not self._handles:
+            return ()
+        self._patiently(self._look)
+        return tuple(_visible([*self._known.values()], os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there are GPUs, none of which has ever answered."""
+        return bool(self._handles) and not self._known
+
+    def _look(self) -> None:
         for index, handle in enumerate(self._handles):
             memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
             if memory is None:
-                continue
+                continue  # a device that fell off the bus is not forgotten: a run for it must not land on the CPU
             uuid, name = self._ask("nvmlDeviceGetUUID", handle), self._ask("nvmlDeviceGetName", handle)
-            found.append(Gpu(index, str(uuid), str(name), memory.total / GIB, memory.free / GIB))
-        return tuple(_visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")))
+            self._known[index] = Gpu(index, str(uuid), str(name), memory.total / GIB, memory.free / GIB)
 
     def reading(self, index: int) -> dict[str, float | None]:
         """Device memory in use (GiB), its limit, utilisation (%), temperature (degrees Celsius), power (watts)."""
+        return self._patiently(lambda: self._read(index)) or NO_READING
+
+    def _read(self, index: int) -> dict[str, float | None]:
         handle = self._handles[index]
         memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
         use = self._ask("nvmlDeviceGetUtilizationRates", handle)
@@ -139,13 +175,18 @@ def _cpu_name() -> str:
 
 def machine(nvml: Nvml | None = None) -> Machine:
     """Read the machine now."""
-    gpus = (nvml or Nvml()).gpus()
+    nvml = nvml or Nvml()
+    gpus = nvml.gpus()
     cpu_build = torch_cuda_version() is None
     advice = None
     if gpus and cpu_build:
         advice = (
             f"This machine has an {gpus[0].name}, but the installed torch is a CPU build, so training would run on the CPU. "
             "Install: pip install --force-reinstall torch"
+        )
+    elif nvml.is_silent:
+        advice = (
+            "There is a GPU, but its driver does not answer, so training would run on the CPU. Restart the machine."
         )
     memory = psutil.virtual_memory()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1

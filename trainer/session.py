@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from trainer import checkpoint, control, locks
+from trainer import checkpoint, console, control, locks
 from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
@@ -134,12 +134,12 @@ def train_to_end(
             fields["boot"] = boot_id()
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
         if kind == "failed" and echo is not None:
-            print(fields["cause"], file=sys.stderr)
+            console.say(fields["cause"], sys.stderr)
         try:
             life.events.append(kind, **fields)
         except OSError as error:  # the run will read as interrupted, which is what it is to a resume
-            print(
-                f"The end of run {life.run.run_id} could not be recorded: {error.strerror or error}.", file=sys.stderr
+            console.say(
+                f"The end of run {life.run.run_id} could not be recorded: {error.strerror or error}.", sys.stderr
             )
         _tell_end(life.run, tell)
         return kind
@@ -197,6 +197,13 @@ def _run(
 
     snapshot = life.run.snapshot()
     config = Config.model_validate(snapshot["config"])
+    if not Path(config.model_path).is_dir():
+        name = Path(config.model_path).name
+        raise Refusal(
+            f"The model folder {name} is gone, and a resume begins with it. Put it back; every checkpoint of the run is "
+            "untouched.",
+            "model_path",
+        )
     prompt = Prompt(snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"])
     found = _where_to_go_on(life.run, say)
     torch.set_num_threads(snapshot["threads"])

@@ -49,6 +49,7 @@ class Telemetry:
         self._gpu_index = gpu_index
         self._nvml = Nvml() if gpu_index is not None else None
         self._process = psutil.Process()
+        self._total_gib = psutil.virtual_memory().total / GIB
         self._every_s = every_s
         self._stop = threading.Event()
         self.latest: dict[str, float] = dict.fromkeys(COLUMNS, NOT_MEASURED)
@@ -56,8 +57,7 @@ class Telemetry:
         self._thread = threading.Thread(target=self._loop, name="telemetry", daemon=True)
 
     def start(self) -> None:
-        """Take the first sample now and go on once a second."""
-        self._sample()
+        """Take the first sample at once and go on once a second, all of it on the thread: a driver may hang."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -70,21 +70,25 @@ class Telemetry:
                 self._file.close()
 
     def _loop(self) -> None:
+        self._sample()
         while not self._stop.wait(self._every_s):
             self._sample()
 
     def _sample(self) -> None:
         values = dict.fromkeys(COLUMNS, NOT_MEASURED)
         values["t"] = clock.now()
-        values["process_gib"] = self._process.memory_info().rss / GIB
+        try:
+            values["process_gib"] = self._process.memory_info().rss / GIB
+        except (OSError, psutil.Error):  # no descriptor is left to look with: not measured
+            pass
         if self._allocator is not None:
             values["allocated_gib"], values["reserved_gib"] = self._allocator()
         if self._nvml is not None and self._gpu_index is not None:
             reading = self._nvml.reading(self._gpu_index)
             values.update({name: float(value) for name, value in reading.items() if value is not None})
         else:
-            values["limit_gib"] = psutil.virtual_memory().total / GIB
-        self.peak_process_gib = max(self.peak_process_gib, values["process_gib"])
+            values["limit_gib"] = self._total_gib
+        self.peak_process_gib = float(np.fmax(self.peak_process_gib, values["process_gib"]))
         self.latest = values
         try:
             if self._file is None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.console import say
 from trainer.ends import CRASH_LOG, read_ends
 from trainer.locks import FileLock, device_lock_path, holder
 from trainer.recovery import SHUTDOWN
@@ -239,11 +240,3 @@ def port_trouble(options: Options, error: OSError) -> str:
     except psutil.Error:
         pass  # other users' programs are not shown to us
     return f"Port {options.port} is in use by {owner}. End that program, or choose another port with --port."
-
-
-def say(text: str, to: Any = None) -> None:
-    """Print a line; a closed terminal or a full pipe is no reason to end."""
-    try:
-        print(text, file=to or sys.stdout, flush=True)
-    except OSError:
-        pass

@@ -6,7 +6,6 @@ reads foreign files. Called by `ui.runs_api` for people who may see rows.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, metrics
@@ -35,7 +34,7 @@ def rows_of_step(workspace: Workspace, run: RunDir, step: int) -> dict[str, Any]
     rows = []
     for row, loss_sum, labels in found[:MOST_ROWS]:
         entry = {"row": row, "loss": loss_sum / labels if labels else None, "labels": labels}
-        rows.append(wire(entry | ({"where": _place(cache, row)} if cache else {})))
+        rows.append(wire(entry | ({"where": cache.place_words(row)} if cache else {})))
     notes = [] if cache else ["Lines and texts are not known: the token cache of this run is gone."]
     if len(found) > MOST_ROWS:
         notes.append(f"{MOST_ROWS} of {len(found):,} rows are shown.")
@@ -91,9 +90,3 @@ def _token_key(run: RunDir) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
-
-
-def _place(cache: TokenCache, row: int) -> str:
-    file, line, _, piece = cache.place(row)
-    part = f", piece {piece + 1:,}" if piece is not None else ""
-    return f"{Path(cache.meta['files'][file]['path']).name}, line {line:,}{part}"

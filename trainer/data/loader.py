@@ -44,6 +44,32 @@ class MicroBatch:
         return sum(self.labels_of_row)
 
 
+class BadRow(Exception):
+    """A row that cannot be trained: `row` is its number in the cache, `reason` a clause."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row}: {reason}")
+        self.row, self.reason = row, reason
+
+
+def read_row(cache: Rows, row: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (length,) and label marks (length,) of a row, looked at before any device sees them.
+
+    `vocabulary` is how many ids the model knows: one beyond them would be a fault in native code on a GPU, after which
+    only a new process can train. Raises BadRow.
+    """
+    try:
+        ids, labels = np.asarray(cache.ids(row)), np.asarray(cache.labels(row))
+    except (OSError, ValueError, IndexError) as error:
+        raise BadRow(row, f"it cannot be read ({error})") from None
+    if len(ids) == 0 or len(ids) != len(labels):
+        raise BadRow(row, f"it has {len(ids):,} tokens and {len(labels):,} label marks")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise BadRow(row, f"its token {low if low < 0 else high:,} is none of the model's {vocabulary:,}")
+    return ids, labels
+
+
 def assemble(cache: Rows, rows: np.ndarray, device: str) -> MicroBatch:
     """Put `rows` end to end. The first token of a document is never a target: nothing before it predicts it."""
     ids, positions, label_at, targets, label_row, borders = [], [], [], [], [], [0]

@@ -107,6 +107,12 @@ class TokenCache:
         piece = int(self.pieces[row])
         return file, line, index, None if piece < 0 else piece
 
+    def place_words(self, row: int) -> str:
+        """The same for a person: "chats.jsonl, line 8,113"."""
+        file, line, _, piece = self.place(row)
+        part = f", piece {piece + 1:,}" if piece is not None else ""
+        return f"{Path(self.meta['files'][file]['path']).name}, line {line:,}{part}"
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int64 (rows,)."""

@@ -92,9 +92,11 @@ class Saver:
     def save(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None] = lambda: None) -> None:
         """Start writing; returns at once unless the one before is still being written.
 
-        `sync_curve` puts the metrics of all steps up to this one on the disk, where a resume from it needs them.
+        `sync_curve` puts the metrics of all steps up to this one on the disk, where a resume from it needs them. That the
+        save before could not be written was told as an alert; what counts now is this one.
         """
-        self.wait()
+        self.join()
+        self._error = None
         free = checkpoint.free_bytes(self._checkpoints)
         if free < shot.size_bytes * 1.05:
             raise Refusal(

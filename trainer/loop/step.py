@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.data.loader import MicroBatch, Rows, assemble
+from trainer.data.loader import MicroBatch, Rows, assemble, read_row
 from trainer.loop import optim, router
 from trainer.loop.forward import Path, forward
 from trainer.loop.team import ALONE, Team
@@ -111,6 +111,8 @@ class Stepper:
         self.trained = trained
         self.path = path
         self.device = device
+        embeddings: Any = loaded.model.get_input_embeddings()
+        self.vocabulary = int(embeddings.weight.shape[0])
         self.seed = seed
         self.max_grad_norm = max_grad_norm
         self.named = optim.trainable(trained)
@@ -128,11 +130,12 @@ class Stepper:
 
         The gradient is that of the summed label losses over the labels of all micro-batches together, and of the router
         losses, where the model adds them, weighted by tokens over all tokens of the step. A team parts the micro-batches
-        among its processes, and all of them come to the same weights.
+        among its processes, and all of them come to the same weights. Raises BadRow, before anything is computed, for a
+        row that cannot be trained.
         """
         started = time.perf_counter()
         rows = np.concatenate(micro_rows)
-        trained = [np.asarray(cache.labels(int(row))) for row in rows]
+        trained = [read_row(cache, int(row), self.vocabulary)[1] for row in rows]
         labels_of_row = [int((mask[1:] > 0).sum()) for mask in trained]
         labels, tokens = sum(labels_of_row), sum(len(mask) for mask in trained)
         starts = np.cumsum([0, *(len(group) for group in micro_rows)])

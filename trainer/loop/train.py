@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from trainer import checkpoint, clock
+from trainer.data.loader import BadRow, read_row
+from trainer.data.tokens import TokenCache
 from trainer.loop.diverged import cause_of
 from trainer.loop.evaluate import held_out_loss
 from trainer.loop.ready import Ready, Surroundings
@@ -118,6 +120,8 @@ class Training:
             # the others of a team are inside the step by now and would wait for this one's gradients
             interrupt = self.around.signals.now if team.size == 1 else None
             record = self.stepper.step(number, groups, self.tokens.cache, rate, interrupt)
+        except BadRow as bad:
+            raise self._refuse_row(bad, self.tokens.cache) from None
         except torch.OutOfMemoryError:
             out_of_memory = True  # the frames, and the tensors in them, are gone only after this block is left
         if out_of_memory:
@@ -128,6 +132,18 @@ class Training:
         self.waiting.append(record)
         self.progress.step = number
         return True
+
+    def _refuse_row(self, bad: BadRow, cache: TokenCache) -> Refusal:
+        """Save what is trained so far, and say which row stopped the run and what mends it."""
+        self._arrivals(0)
+        if self.progress.step and self.diverged is None:
+            self._save()
+        self.saver.wait()
+        return Refusal(
+            f"Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. The token cache "
+            f"{cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again.",
+            "data.dataset_path",
+        )
 
     def _smaller(self, step: int) -> None:
         """One rung down the ladder: half the micro-batch with twice the accumulation, at one row checkpointing."""
@@ -289,19 +305,7 @@ class Training:
         if self.diverged is not None:
             return False
         self.around.team.order(Order(Word.HELD_OUT))
-        loss = self._aside(
-            "eval",
-            lambda: held_out_loss(
-                self.model.loaded.model,
-                self.model.trained,
-                self.tokens.held_out,
-                self.ready.held_out_groups,
-                self.model.choice.path,
-                self.around.device,
-                self.around.signals.interrupt,
-                self.around.team,
-            ),
-        )
+        loss = self._aside("eval", self._held_out_loss)
         if loss is None:
             return False
         progress = self.progress
@@ -315,6 +319,24 @@ class Training:
         if best and self.config.hyperparams.early_stopping_patience and progress.step:
             self._save()  # the best weights must exist when the run stops for want of better ones
         return True
+
+    def _held_out_loss(self) -> float | None:
+        try:
+            for group in self.ready.held_out_groups:
+                for row in group:
+                    read_row(self.tokens.held_out, int(row), self.stepper.vocabulary)
+        except BadRow as bad:
+            raise self._refuse_row(bad, self.tokens.held_out) from None
+        return held_out_loss(
+            self.model.loaded.model,
+            self.model.trained,
+            self.tokens.held_out,
+            self.ready.held_out_groups,
+            self.model.choice.path,
+            self.around.device,
+            self.around.signals.interrupt,
+            self.around.team,
+        )
 
     def _save(self) -> None:
         """Copy the state off the device and let it be written; training goes on meanwhile."""

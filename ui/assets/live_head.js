@@ -108,7 +108,10 @@
     const text = limit === null ? n.memory(used) : `${used === null ? "–" : used.toFixed(1)} / ${n.memory(limit)}`;
     const peakText = model.isLive ? peak !== null && `peak ${n.memory(peak)}` : "peak of the run";
     parts.figure.Memory(text, [peakText, !gpu && "main memory"].filter(Boolean).join(", "));
-    say(parts.memoryTitle, gpu ? "Memory, GiB" : "Memory of the process (on the CPU), GiB");
+    const isUnmeasured = model.status.on_gpu && (model.heat.process_gib?.x.length ?? 0) > 2;
+    const main = isUnmeasured ? "Memory of the process, GiB (the GPU's is not available: its driver does not answer)"
+      : "Memory of the process (on the CPU), GiB";
+    say(parts.memoryTitle, gpu ? "Memory, GiB" : main);
     return used;
   }
 
