@@ -26,6 +26,7 @@ from trainer.run import RunDir, Status
 from trainer.states import LIVE_STATES, Settling, State, allowed
 from ui.follow import Cursor, Follower, Reader
 from ui.guard import caller_of, guarded
+from ui.process import owned_by_terminal
 from ui.replies import find_run, json_reply, no_run
 from ui.runs_api import RunsApi
 from ui.site import Site
@@ -139,6 +140,7 @@ class Feed:
         runs = self._site.workspace.list_runs()
         live = [run for run in runs if locks.is_held(run.lock)]
         answer: dict[str, Any] = {"run": None, "last": None, "machine": here.summary, "advice": here.advice}
+        answer["terminal"] = owned_by_terminal()
         for run in live:
             status = self.follower(run).status()
             if status.state in LIVE_STATES:

@@ -219,6 +219,11 @@ def _listen_to_signals(stop: threading.Event) -> list[int]:
     return heard
 
 
+def owned_by_terminal() -> bool:
+    """Whether the server ends when a terminal is closed: it writes to one."""
+    return any(os.isatty(fd) for fd in (1, 2))
+
+
 def _open_browser(url: str) -> None:
     # a text browser would take the terminal over, and over ssh the browser would open on the wrong machine
     has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")

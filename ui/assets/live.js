@@ -59,6 +59,7 @@
     }
 
     onMachine(state) {
+      this.hasTerminal = state.terminal;
       if (this.runId) this.showElsewhere(state.run);
       else if (state.run) this.follow(state.run.run_id);
       else this.showIdle(state);

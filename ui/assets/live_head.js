@@ -33,7 +33,8 @@
     parts.track.setAttribute("aria-valuetext", `step ${fast.step} of ${fast.total ?? "not known yet"}`);
     say(parts.steps, fast.total ? `${n.count(fast.step)} / ${n.count(fast.total)}` : n.count(fast.step));
     say(parts.left, isLive ? [timeLeft(fast), ASIDE[fast.phase]].filter(Boolean).join(" · ") : "");
-    say(parts.safe, isLive ? "Safe to close this tab" : "");
+    const safe = board.hasTerminal ? "Safe to close this tab, not the server's terminal (--detach needs none)" : "Safe to close this tab";
+    say(parts.safe, isLive ? safe : "");
     showPreparing(board);
     board.actions.update();
   }
