@@ -137,3 +137,17 @@ def test_visible_devices_are_taken_in_the_order_of_the_variable():
     assert [g.index for g in _visible(gpus, "GPU-11")] == [1]
     assert _visible(gpus, "") == [] and _visible(gpus, None) == gpus
     assert [g.index for g in _visible(gpus, "1,9,0")] == [1]
+
+
+def test_nothing_is_started_or_taken_up_once_the_server_is_ending(engine, place):
+    run_id = engine.start_run(runs.settings(*place, max_steps=50_000, eval={"eval_strategy": "no"}), "me")
+    assert engine.shutdown(60)
+    events = engine.workspace.run(run_id).events.read_bytes()
+    for attempt in (
+        lambda: engine.start_run(runs.settings(*place), "me"),
+        lambda: engine.start_smoke(runs.settings(*place), "me"),
+        lambda: engine.resume_run(run_id, "me", auto=True),
+    ):
+        with pytest.raises(Refusal, match="is ending"):
+            attempt()
+    assert len(engine.workspace.list_runs()) == 1 and engine.workspace.run(run_id).events.read_bytes() == events

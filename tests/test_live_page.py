@@ -238,6 +238,29 @@ def test_every_end_says_first_what_is_safe_and_offers_the_next_step(
     assert not page.get_by_role("button", name="Stop", exact=True).count()
 
 
+def test_a_run_that_was_cut_off_says_why_and_is_left_with_one_click(page: Any, app: RunningApp, made: MadeRun) -> None:
+    made.checkpoint()
+    made.step()
+    made.events.append("cut_off", cause="signal 9 (SIGKILL), the kernel ended it for want of memory")
+    made.close()
+    open_board(page, app, made.run_id, 30)
+    notice = page.locator(".sb-live-notice")
+    notice.get_by_role("button", name="Leave it", exact=True).wait_for()
+    assert "ended without stopping: signal 9 (SIGKILL), the kernel ended it for want of memory; last" in notice.inner_text()
+    notice.get_by_role("button", name="Leave it", exact=True).click()
+    notice.get_by_text("Cut off, and left by owner. The last good step is 30.").wait_for()
+    assert notice.get_by_role("button", name="Resume", exact=True).is_visible()
+    assert "Saved: step 30" in notice.inner_text()
+
+
+def test_the_waiting_of_a_paused_run_is_ended_with_one_click(page: Any, app: RunningApp, made: MadeRun) -> None:
+    made.checkpoint()
+    made.end("paused", by="lab-2", step=30, saved_step=30)
+    open_board(page, app, made.run_id, 30)
+    page.get_by_role("button", name="End it here", exact=True).click()
+    page.get_by_text("Stopped by owner at step 30.").wait_for()
+
+
 def test_names_logs_and_samples_are_text_and_run_nothing(
     page: Any, app: RunningApp, make: Callable[..., MadeRun]
 ) -> None:

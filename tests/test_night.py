@@ -54,6 +54,7 @@ def post(url: str, body: Any) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_night_without_a_terminal_with_a_broken_gpu_and_a_kill(
     tmp_path: Path, tiny_model: Path, tiny_dataset: Path
 ) -> None:
@@ -126,6 +127,7 @@ def _causes(run: RunDir) -> list[str]:
     return [event["cause"] for event in all_events(run.events) if event["kind"] == "cut_off"]
 
 
+@pytest.mark.slow
 def test_a_signal_in_every_phase_ends_the_command_in_ten_seconds_and_loses_nothing(tmp_path: Path) -> None:
     """One process after the other phase by phase, told to end in the middle; what takes too long is left."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}

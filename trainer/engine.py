@@ -12,7 +12,8 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,11 +56,11 @@ class Engine:
         self.worker = worker
         self.poisoned = threading.Event()
         self.notifier = Notifier(workspace.root)
+        self._ending = threading.Event()
         self._nvml = Nvml()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._accepted: _Task | None = None  # the training or smoke test that holds the device, waiting or at work
         self._start = threading.Lock()
-        self._ended = threading.Event()
         self._importing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -83,7 +84,7 @@ class Engine:
         self._refuse_when_broken()
         launch.check_paths(config)
         name, folder = name.strip() or launch.auto_name(config), self.workspace.runs / new_run_id()
-        with self._start:
+        with self._starting():
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=folder.name, name=name)
             try:
                 threads = threads_for(here)
@@ -155,7 +156,7 @@ class Engine:
         threading.Thread(target=self._tend, name="queue", daemon=True).start()
 
     def _tend(self) -> None:
-        while not self._ended.wait(QUEUE_LOOK_S):
+        while not self._ending.wait(QUEUE_LOOK_S):
             try:
                 self.start_next()
             except (Refusal, OSError):  # a queue file that cannot be read or written: the page says so when it looks
@@ -175,7 +176,7 @@ class Engine:
         self._refuse_when_broken()
         prompt = launch.prompt_of(config, self.workspace.profiles)
         smoke_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(2)
-        with self._start:
+        with self._starting():
             lock = lease.acquire(here.device, kind="smoke", owner=owner, run_id=smoke_id, name=config.display_name)
             folder = make_private_dir(self.workspace.smoke / smoke_id)
             signals = Signals()
@@ -225,8 +226,9 @@ class Engine:
         A step that takes too long is dropped, and the one before it saved; a run that is not through by then is cut off,
         and says so.
         """
-        self._ended.set()
-        task = self._accepted
+        with self._start:  # what is being started now is stopped too, and nothing is started any more
+            self._ending.set()
+            task = self._accepted
         if task is not None:
             task.signals.ask("stop", by)
         self._tasks.put(None)
@@ -262,6 +264,14 @@ class Engine:
         """Whether only a fresh process can train, and nothing is at work here that it would cut off."""
         return self.poisoned.is_set() and self._accepted is None
 
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        """One start at a time, and none once the end has begun: nothing would take it up."""
+        with self._start:
+            if self._ending.is_set():
+                raise lease.Busy("The server is ending.")  # for the queue too: the run goes on waiting
+            yield
+
     def _refuse_when_broken(self) -> None:
         if self.poisoned.is_set():
             raise Refusal(
@@ -274,7 +284,7 @@ class Engine:
 
     def _begin(self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False) -> None:
         here = self.machine()
-        with self._start:
+        with self._starting():
             lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)
             try:
                 resumed = run.events.exists()

@@ -53,7 +53,7 @@ class Telemetry:
         self._every_s = every_s
         self._stop = threading.Event()
         self.latest: dict[str, float] = dict.fromkeys(COLUMNS, NOT_MEASURED)
-        self.peak_process_gib = 0.0
+        self.peak_process_gib = NOT_MEASURED
         self._thread = threading.Thread(target=self._loop, name="telemetry", daemon=True)
 
     def start(self) -> None:

@@ -182,7 +182,10 @@ def _without_stub_files() -> Iterator[None]:
 
 def _recover(site: Site, options: Options) -> None:
     """Look after the runs of a server that is gone; the page answers already."""
-    site.engine.recover(read_ends(options.workspace))
+    try:
+        site.engine.recover(read_ends(options.workspace))
+    except (OSError, ValueError) as error:  # a workspace that cannot be read: the page says more
+        say(f"Runs that were cut off could not be looked after: {error}", sys.stderr)
 
 
 def _is_supervised(options: Options) -> bool:
