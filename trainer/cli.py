@@ -276,9 +276,10 @@ def install_stop(ask: Callable[[str], None]) -> None:
     """SIGTERM, SIGINT and SIGHUP ask for a stop at the step; a second one ends at once. `ask` hears who asked."""
 
     def handler(number: int, frame: Any) -> None:
-        ask({signal.SIGTERM: SHUTDOWN, signal.SIGINT: "Ctrl-C"}.get(number, "a closed terminal"))  # type: ignore[call-overload]
+        # first of all: a second signal that comes while the first is being answered must end the process too
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
+        ask({signal.SIGTERM: SHUTDOWN, signal.SIGINT: "Ctrl-C"}.get(number, "a closed terminal"))  # type: ignore[call-overload]
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         # nohup ignores SIGHUP for us, and that must stay so
