@@ -246,7 +246,10 @@ def test_a_run_that_was_cut_off_says_why_and_is_left_with_one_click(page: Any, a
     open_board(page, app, made.run_id, 30)
     notice = page.locator(".sb-live-notice")
     notice.get_by_role("button", name="Leave it", exact=True).wait_for()
-    assert "ended without stopping: signal 9 (SIGKILL), the kernel ended it for want of memory; last" in notice.inner_text()
+    assert (
+        "ended without stopping: signal 9 (SIGKILL), the kernel ended it for want of memory; last"
+        in notice.inner_text()
+    )
     notice.get_by_role("button", name="Leave it", exact=True).click()
     notice.get_by_text("Cut off, and left by owner. The last good step is 30.").wait_for()
     assert notice.get_by_role("button", name="Resume", exact=True).is_visible()
