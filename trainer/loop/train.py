@@ -140,8 +140,8 @@ class Training:
             self._save()
         self.saver.wait()
         return Refusal(
-            f"Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. The token cache "
-            f"{cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again.",
+            f"Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. "
+            f"The token cache {cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again.",
             "data.dataset_path",
         )
 
