@@ -222,6 +222,7 @@ def _run(
         life.number,
         say,
         team or ALONE,
+        lambda: workspace.current.steps_of(life.run.run_id),
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trainer.current import Current
 from trainer.files import NAME, fsync_dir, make_private_dir, read_json, write_json
 from trainer.queue import Queue
 from trainer.refusal import Refusal
@@ -87,6 +88,11 @@ class Workspace:
     def runs(self) -> Path:
         """One directory a run."""
         return self.root / "runs"
+
+    @property
+    def current(self) -> Current:
+        """Which checkpoint people use."""
+        return Current(self.root / "current.json")
 
     @property
     def queue(self) -> Queue:

@@ -25,6 +25,7 @@ from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.run_delete import delete_run, disk_bytes, name_to_type
 from trainer.states import allowed
+from trainer.workspace import Workspace
 from ui.guard import Caller, caller_of, guarded
 from ui.queue_api import queue_state
 from ui.replies import find_run, json_body, json_reply, no_run
@@ -52,6 +53,8 @@ class RunsApi:
             Route(run + "/settings", guarded("see", self.settings)),
             Route(run + "/checkpoints", guarded("see", self.checkpoints)),
             Route(run + "/verify", guarded("check", self.verify), methods=["POST"]),
+            Route(run + "/promote", guarded("promote", self.promote), methods=["POST"]),
+            Route("/api/current/roll-back", guarded("roll_back", self.roll_back), methods=["POST"]),
             Route(run + "/rows", guarded("see_rows", self.rows)),
             Route(run + "/row", guarded("see_rows", self.row)),
             Route(run + "/notes", guarded("note", self.notes), methods=["POST"]),
@@ -95,7 +98,7 @@ class RunsApi:
         run = find_run(self._site.workspace, request)
         if run is None:
             return no_run(request)
-        return json_reply(await run_in_threadpool(_checkpoints, run, caller_of(request)))
+        return json_reply(await run_in_threadpool(_checkpoints, self._site.workspace, run, caller_of(request)))
 
     async def verify(self, request: Request) -> Response:
         """`POST api/runs/ID/verify {"step": N}`: reads every byte of it; no `problems` when it is whole."""
@@ -149,6 +152,28 @@ class RunsApi:
             write_json(run.notes, notes)
         return notes
 
+    def _delete(self, run: RunDir, typed: str) -> int:
+        if self._site.workspace.current.is_of(run.run_id):
+            raise Refusal("This run holds the current model. Make another one current first; nothing was deleted.")
+        return delete_run(run, typed)
+
+    async def promote(self, request: Request) -> Response:
+        """`POST api/runs/ID/promote {"step": N}`: makes that checkpoint the current model, once every byte was read."""
+        run = find_run(self._site.workspace, request)
+        if run is None:
+            return no_run(request)
+        step = (await json_body(request)).get("step")
+        if type(step) is not int:
+            raise Refusal("Name the step.")
+        by = caller_of(request).role
+        await run_in_threadpool(self._site.workspace.current.promote, run, step, by)
+        return json_reply({"ok": True})
+
+    async def roll_back(self, request: Request) -> Response:
+        """`POST api/current/roll-back`: the model that was current before is it again."""
+        back = await run_in_threadpool(self._site.workspace.current.roll_back)
+        return json_reply({"run_id": back.run_id, "step": back.step})
+
     async def delete(self, request: Request) -> Response:
         """`POST api/runs/ID/delete {"name": typed}`: the owner alone; 400 with the reason when refused."""
         run = find_run(self._site.workspace, request)
@@ -157,7 +182,7 @@ class RunsApi:
         typed = (await json_body(request)).get("name")
         if not isinstance(typed, str):
             raise Refusal("Type the run's name to delete it.")
-        freed_bytes = await run_in_threadpool(delete_run, run, typed)
+        freed_bytes = await run_in_threadpool(self._delete, run, typed)
         await run_in_threadpool(self._site.workspace.queue.remove, run.run_id)
         await run_in_threadpool(forget_webhook, self._site.workspace.root, run.run_id)
         with self._lock:
@@ -257,8 +282,9 @@ def _without_folders(value: Any) -> Any:
     return value
 
 
-def _checkpoints(run: RunDir, caller: Caller) -> dict[str, Any]:
-    now = status(run)
+def _checkpoints(workspace: Workspace, run: RunDir, caller: Caller) -> dict[str, Any]:
+    now, history = status(run), workspace.current.history()
+    current = history[0].step if history and history[0].run_id == run.run_id else None
     found: list[dict[str, Any]] = []
     for step, folder in checkpoint.listed(run.checkpoints):
         row: dict[str, Any] = {"folder": folder.name, "step": step, "whole": False}
@@ -269,7 +295,11 @@ def _checkpoints(run: RunDir, caller: Caller) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # cut off while it was written: listed as incomplete
         row["names"] = [
-            word for word, at in (("best", now.best_step), ("last", now.last_checkpoint_step)) if at == step
+            word
+            for word, at in (("best", now.best_step), ("last", now.last_checkpoint_step), ("current", current))
+            if at == step
         ]
         found.append(row | ({"path": str(folder)} if caller.may("paths") else {}))
-    return {"checkpoints": found, "method": now.method, "may_verify": caller.may("check")}
+    before = {"name": history[1].run_id, "step": history[1].step} if current is not None and len(history) > 1 else None
+    may = {"verify": caller.may("check"), "promote": caller.may("promote"), "roll_back": caller.may("roll_back")}
+    return {"checkpoints": found, "method": now.method, "may": may, "before": before}

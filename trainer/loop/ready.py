@@ -50,6 +50,7 @@ class Surroundings:
     life: int
     say: Callable[[str], None]
     team: Team = ALONE
+    promoted: Callable[[], set[int]] = set  # steps of this run that are, or were, somebody's current model
 
 
 @dataclass
@@ -132,6 +133,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         model.loaded.base_path,
         config.output.save_total_limit,
         found.damaged_steps if found else frozenset(),
+        around.promoted,
     )
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None

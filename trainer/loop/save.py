@@ -77,6 +77,7 @@ class Saver:
         base_path: Path,
         keep: int,
         damaged: frozenset[int] = frozenset(),
+        promoted: Callable[[], set[int]] = set,
     ) -> None:
         self._checkpoints = checkpoints
         self._events = events
@@ -85,6 +86,7 @@ class Saver:
         self._base_path = base_path
         self._keep = keep
         self._damaged = damaged  # steps that the resume passed over: they count for nothing among those kept
+        self._promoted = promoted  # steps that people use as their current model; asked at each pruning
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self.last_seconds: float | None = None
@@ -165,9 +167,9 @@ class Saver:
         """Remove old checkpoints; what stands in the way of that is said and never costs the run or the one just saved."""
         self._damaged -= {step}
         try:
-            checkpoint.prune(self._checkpoints, self._keep, pinned | {step}, self._damaged)
-        except OSError as error:
-            why = error.strerror or str(error)
+            checkpoint.prune(self._checkpoints, self._keep, pinned | {step} | self._promoted(), self._damaged)
+        except (OSError, Refusal) as error:
+            why = getattr(error, "strerror", None) or str(error)
             text = (
                 f"An old checkpoint could not be removed: {why}. Step {step} is saved; more disk is taken than wished."
             )

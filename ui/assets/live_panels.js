@@ -139,7 +139,7 @@
       const panel = this.panelOf[name];
       try {
         const answer = await send(`${this.board.base}/${name.toLowerCase()}`);
-        panel.replaceChildren(...signalbox.runTabs[name](answer, this.board.base));
+        panel.replaceChildren(...signalbox.runTabs[name](answer, this.board.base, () => this.load(name)));
       } catch (error) {
         panel.replaceChildren(el("p.sb-tone-bad", error.message));
       }

@@ -100,16 +100,38 @@
 
   // ---- checkpoints ---------------------------------------------------------------------------------------------
 
-  function checkpoints({ checkpoints: found, method, may_verify: mayVerify }, base) {
+  /** `again` fetches and draws the tab anew. */
+  function checkpoints({ checkpoints: found, method, may, before }, base, again) {
     const n = signalbox.numbers;
     if (!found.length) return [el("p.sb-help", "No checkpoint yet. Save checkpoint writes one after the step under way.")];
     const cells = found.map((row) => {
       if (!row.whole) return [`step ${n.count(row.step)}`, null, null, "incomplete; passed over, kept", null, null];
       const written = n.when(row.written, Date.now() / 1000);
-      const check = mayVerify ? verifier(row.step, base) : null, use = row.path && snippet(row, method);
-      return [`step ${n.count(row.step)}`, n.disk(row.bytes), written, row.names.join(", "), check, use];
+      const check = may.verify ? verifier(row.step, base) : null, use = row.path && snippet(row, method);
+      return [`step ${n.count(row.step)}`, n.disk(row.bytes), written, which(row, may, before, base, again), check, use];
     });
-    return [table(["Checkpoint", "Size", "Written", "Which", "Check", "Use"], cells)];
+    const help = "Current: the one you use. It is never pruned, and the run that holds it cannot be deleted.";
+    return [el("p.sb-help", help), table(["Checkpoint", "Size", "Written", "Which", "Check", "Use"], cells)];
+  }
+
+  /** "best, last, current", with what makes another one current. */
+  function which({ step, names }, may, before, base, again) {
+    const refusal = el("span.sb-tone-bad", { role: "alert" });
+    const act = (address, body) => async ({ target }) => {
+      target.disabled = true;
+      try {
+        await signalbox.send(address, body);
+        again();
+      } catch (error) {
+        refusal.textContent = ` ${error.message}`;
+        target.disabled = false;
+      }
+    };
+    const isCurrent = names.includes("current");
+    const back = isCurrent && before && may.roll_back && small("Roll back", act("api/current/roll-back", {}));
+    if (back) back.title = `The current model becomes step ${before.step} of ${before.name} again`;
+    const promote = !isCurrent && may.promote && small("Make current", act(`${base}/promote`, { step }));
+    return el("span", names.length ? `${names.join(", ")} ` : "", back, promote, refusal);
   }
 
   function verifier(step, base) {
