@@ -145,8 +145,9 @@ def load_tokenizer(path: Path | str) -> Any:
         broken = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
         if type(error) is not Exception and not isinstance(error, broken):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Refusal(f"The tokenizer of {path.name} cannot be loaded: {first}", "model_path") from None
+        told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        first = told.splitlines()[0][:200]
+        raise Refusal(f"The tokenizer of {path.name} cannot be loaded: {first.rstrip('.')}.", "model_path") from None
 
 
 def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:

@@ -48,7 +48,8 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     try:
         loaded: Any = _with_own_attention(base, dtype, extra)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        reason = told.splitlines()[0][:300]
         raise Refusal(
             f"Cannot load the model {base.name}: {reason}. `python -m trainer check-model` names the file.",
             "model_path",
