@@ -99,11 +99,13 @@ class MadeRun:
 
     def checkpoint(self, size_bytes: int = 4_800_000) -> None:
         """The event and the directory of a checkpoint of the newest step."""
-        from trainer.checkpoint import MODEL, new_staging, seal
+        from trainer.checkpoint import MODEL, OPTIMIZER, STATE, new_staging, seal
 
         staging = new_staging(self.run.checkpoints, self.done)
         (staging / MODEL).mkdir()
-        (staging / MODEL / "adapter_model.safetensors").write_bytes(b"0" * 1000)
+        (staging / MODEL / "adapter_model.safetensors").write_bytes(b"0" * 900)
+        (staging / OPTIMIZER).write_bytes(b"0" * 90)
+        (staging / STATE).write_bytes(b"0" * 10)
         seal(staging, self.done)
         self.events.append("checkpoint", step=self.done, bytes=size_bytes, seconds=3.2, best=True)
 
