@@ -36,6 +36,7 @@ from trainer.worker import Worker
 from trainer.workspace import Workspace
 
 if TYPE_CHECKING:
+    from trainer.loop.ready import Surroundings
     from trainer.loop.team import Team
     from trainer.loop.train import Outcome
 
@@ -190,10 +191,9 @@ def _run(
 ) -> tuple[str, dict[str, Any]]:
     import torch
 
-    from trainer.loop.prepare import Left, pick_device
-    from trainer.loop.ready import Surroundings, get_ready
+    from trainer.loop.prepare import pick_device
+    from trainer.loop.ready import Surroundings
     from trainer.loop.team import ALONE
-    from trainer.loop.train import Training
 
     snapshot = life.run.snapshot()
     config = Config.model_validate(snapshot["config"])
@@ -226,20 +226,28 @@ def _run(
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
+    return _train(life, around, config, prompt, found)
+
+
+def _train(
+    life: Life, around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None
+) -> tuple[str, dict[str, Any]]:
+    """Get ready and take the steps; after a divergence once more from a checkpoint, where the settings say so."""
+    from trainer.loop.prepare import Left
+    from trainer.loop.ready import get_ready
+    from trainer.loop.train import Training
+
+    gpu = around.device != "cpu"
     try:
         outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
         while (back := _back(life, config, around.team, outcome)) is not None:
-            free_memory(device != "cpu", None)  # the weights that are no numbers go before the good ones come
+            free_memory(gpu, None)  # the weights that are no numbers go before the good ones come
             found, around = back, replace(around, life=around.life + 1)
             outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
     except Left:
         wish = life.signals.wish
-        return "paused" if wish.end == "pause" else "stopped", {
-            "step": found.step if found else 0,
-            "by": wish.by,
-        }
-    before = used_gib(device != "cpu")
-    return outcome.kind, {"step": outcome.step, "memory_before_gib": before, **outcome.fields}
+        return "paused" if wish.end == "pause" else "stopped", {"step": found.step if found else 0, "by": wish.by}
+    return outcome.kind, {"step": outcome.step, "memory_before_gib": used_gib(gpu), **outcome.fields}
 
 
 def _back(life: Life, config: Config, team: Team, outcome: Outcome) -> checkpoint.Found | None:
