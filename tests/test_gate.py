@@ -79,6 +79,11 @@ CANNOT_TRAIN = {
         config(),
         "Does not fit: the weights alone are 60.0 GiB, the device has 24.0 GiB.",
     ),
+    "disk too small": (
+        replace(GOOD, disk=DiskFact(1e9, 14.4e9, 12e9, True, "The disk cannot hold this run's checkpoints: …")),
+        config(),
+        "cannot hold",
+    ),
     "unwritable disk": (replace(GOOD, disk=DiskFact(1, 1, 1, False)), config(), "cannot be written"),
     "no room for one checkpoint": (
         replace(GOOD, disk=DiskFact(5e9, 9e9, 1e9, True)),
@@ -256,3 +261,9 @@ def test_where_memory_is_short_the_first_way_out_is_suggested() -> None:
     facts = replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 1.0, offers=(offer,)))
     found = {s.key: s.text for s in suggest(config(), set(), facts)}
     assert found["hyperparams.use_gradient_checkpointing"] == "true"
+
+
+def test_several_gpus_are_named_with_the_command_that_uses_them() -> None:
+    (line,) = [line for line in gate_lines(config(), [], replace(GOOD, gpus=2)) if line.code == "gpus"]
+    assert line.status == "pass" and "torchrun --nproc-per-node 2 -m trainer train" in line.text
+    assert not [line for line in gate_lines(config(), [], replace(GOOD, gpus=1)) if line.code == "gpus"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import profiles
+from trainer import disk_need
 from trainer.config import Change, Config, diff, field, resolve
 from trainer.data.conversation import PROBLEM_NAMES
 from trainer.files import child, read_json
@@ -47,6 +48,7 @@ def gather(site: Site, state: FormState, draft: Draft) -> Facts:
     holder = site.engine.holder()
     names = tuple(profiles.names(site.workspace.profiles))
     known: dict[str, Any] = {"device_name": here.summary, "on_gpu": here.gpu is not None, "advice": here.advice}
+    known["gpus"] = 0 if here.gpu is None else len(here.gpus)
     known["profiles"] = names
     smoke = smoke_fact(site, draft.smoke_id)
     if holder is not None and not (holder.kind == "smoke" and smoke is not None and holder.run_id == draft.smoke_id):
@@ -266,7 +268,13 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
         saves = max(1, plan.steps // config.output.save_steps)
     # the best and the newest always stay, and a new one is whole before an old one goes
     kept = min(saves, config.output.save_total_limit + 1) + 1
-    return DiskFact(one, one * kept, free, writable)
+    refused = ""
+    if one * kept > free and writable:  # what Start would say; it reads every header, so only where it may matter
+        try:
+            disk_need.refuse_a_full_disk(config, root)
+        except Refusal as refusal:
+            refused = refusal.message
+    return DiskFact(one, one * kept, free, writable, refused)
 
 
 def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | None:

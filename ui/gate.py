@@ -183,6 +183,10 @@ def _device(config: Config, facts: Facts) -> list[GateLine]:
     lines = []
     if facts.advice:
         lines.append(GateLine("device", "warning", facts.advice))
+    if facts.gpus > 1:
+        command = f"torchrun --nproc-per-node {facts.gpus} -m trainer train --config FILE"
+        text = f"{facts.gpus} GPUs are here; a run of this page takes the first. All of them, with a saved config: {command}"
+        lines.append(GateLine("gpus", "pass", text))
     h = config.hyperparams
     if not facts.on_gpu and h.method == "qlora":
         use = Action("LoRA", "set", values={"hyperparams.method": "lora"})
@@ -230,6 +234,8 @@ def _disk(facts: Facts) -> list[GateLine]:
     if fact.one_bytes > fact.free_bytes:
         text = f"The disk has {free} free; one checkpoint needs {numbers.disk(fact.one_bytes)}."
         return [GateLine("disk", "problem", text, (), keys, True)]
+    if fact.refused:
+        return [GateLine("disk", "problem", fact.refused, (_go(keys[1], "Keep fewer checkpoints"),), keys, True)]
     if fact.needed_bytes > fact.free_bytes:
         text = f"The disk may fill up: {needed} needed, {free} free."
         return [GateLine("disk", "warning", text, (_go(keys[1], "Keep fewer checkpoints"),), keys)]

@@ -108,6 +108,7 @@ class DiskFact:
     needed_bytes: float
     free_bytes: float
     writable: bool
+    refused: str = ""  # why Start would refuse
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Facts:
 
     device_name: str = ""
     on_gpu: bool = False
+    gpus: int = 0
     advice: str | None = None
     model: ModelFact | None = None
     data: DataFact | None = None
