@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test long gpu check screenshots bench bench-train settings clean
+.PHONY: run test long gpu qlora check screenshots bench bench-train settings clean
 
 # the environment is made again whenever the dependencies change
 $(VENV)/.run: pyproject.toml
@@ -30,6 +30,11 @@ long: $(VENV)/.test
 # on a machine with a GPU that torch can use
 gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu
+
+# 4-bit LoRA and the 8-bit optimizer, on a processor too; installs bitsandbytes
+qlora: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e ".[qlora,test]"
+	$(BIN)/python -m pytest -m qlora
 
 check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet "ruff>=0.9" "mypy>=1.13"

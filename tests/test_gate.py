@@ -91,7 +91,12 @@ CANNOT_TRAIN = {
         "one checkpoint needs 5.0 GB",
     ),
     "unknown profile": (replace(GOOD, profiles=("other",)), config(), "There is no profile 'plain'. There are: other."),
-    "qlora without a GPU": (replace(GOOD, on_gpu=False), config(method="qlora"), "QLoRA needs a GPU"),
+    "qlora without its package": (replace(GOOD, bitsandbytes=False), config(method="qlora"), "QLoRA needs the package"),
+    "8 bits without their package": (
+        replace(GOOD, bitsandbytes=False),
+        config(optimizer="adamw_8bit"),
+        "8-bit optimizer needs the package",
+    ),
     "device taken": (replace(GOOD, busy="The run x (started by lab-2) has the device since 14:02."), config(), "lab-2"),
 }
 

@@ -20,6 +20,7 @@ from trainer.files import read_json
 from trainer.machine import Machine
 from trainer.models.adapter import base_path
 from trainer.notify import keep_webhook
+from trainer.packages import check_packages, needs_bitsandbytes
 from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
 from trainer.schema import Config
@@ -90,7 +91,7 @@ def base_of(adapter: Path) -> Path:
 
 
 def check_paths(config: Config) -> None:
-    """Refuse what can be seen at once: no model, no data, a folder that cannot be a model, a file that cannot be read."""
+    """Refuse what can be seen at once: no model, no data, a folder that is no model, an unreadable file, a missing package."""
     if not config.model_path:
         raise Refusal("No model is chosen. Set model_path, or use --model.", "model_path")
     model = Path(config.model_path)
@@ -113,18 +114,20 @@ def check_paths(config: Config) -> None:
             f"{model.name} is a LoRA adapter: it can be trained on with method lora, not full.",
             "hyperparams.method",
         )
+    check_packages(config)
 
 
 def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threads: int) -> dict[str, Any]:
     """What the run is made of, written once into its config.json."""
     model = Path(config.model_path)
+    packages = ("bitsandbytes",) if needs_bitsandbytes(config) else ()
     return {
         "config": without_secrets(config.model_dump(mode="json")),
         "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
         "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
         "data": {"files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]},
         "device": {"name": machine.device, "summary": machine.summary},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "versions": {name: importlib.metadata.version(name) for name in (*VERSIONED, *packages)},
         "threads": threads,
         "seed": config.data.seed,
         "owner": owner,

@@ -165,7 +165,7 @@ class HyperparamSettings(Section):
     optimizer: Literal["adamw", "adamw_8bit"] = setting(
         "adamw",
         "Optimizer",
-        "AdamW; the 8-bit one holds its states approximately and needs bitsandbytes and a GPU.",
+        "AdamW; the 8-bit one holds its states approximately and needs bitsandbytes.",
         "Memory",
     )
     fp_precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(

@@ -22,6 +22,7 @@ from trainer.data.conversation import PROBLEM_NAMES
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
 from trainer.loop.memory import Sizes, trained_weights
+from trainer.packages import has_bitsandbytes
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from ui import numbers
@@ -47,8 +48,13 @@ def gather(site: Site, state: FormState, draft: Draft) -> Facts:
     here = site.engine.machine()
     holder = site.engine.holder()
     names = tuple(profiles.names(site.workspace.profiles))
-    known: dict[str, Any] = {"device_name": here.summary, "on_gpu": here.gpu is not None, "advice": here.advice}
-    known["gpus"] = 0 if here.gpu is None else len(here.gpus)
+    known: dict[str, Any] = {
+        "device_name": here.summary,
+        "on_gpu": here.gpu is not None,
+        "gpus": 0 if here.gpu is None else len(here.gpus),
+        "bitsandbytes": has_bitsandbytes(),
+        "advice": here.advice,
+    }
     known["profiles"] = names
     smoke = smoke_fact(site, draft.smoke_id)
     if holder is not None and not (holder.kind == "smoke" and smoke is not None and holder.run_id == draft.smoke_id):

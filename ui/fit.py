@@ -10,6 +10,7 @@ from typing import Any
 from trainer.config import Config, merged, resolve, unflatten
 from trainer.loop.memory import Sizes, parts
 from trainer.machine import Machine
+from trainer.packages import has_bitsandbytes
 from ui.gate_facts import DataFact, MemoryFact, Offer
 
 SPREAD = 0.25
@@ -48,7 +49,7 @@ def _offers(
         ways.append((f"Micro-batch {h.batch_size}→{batch}", values, ""))
     if h.method == "full":
         ways.append(("LoRA", {"hyperparams.method": "lora"}, ""))
-    if on_gpu and h.method != "qlora":
+    if on_gpu and h.method != "qlora" and has_bitsandbytes():
         ways.append(("QLoRA", {"hyperparams.method": "qlora"}, "slower"))
     offers, kinds = [], set()
     for text, values, cost in ways:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from trainer.config import FieldInfo, fields
+from trainer.packages import NEEDS_BITSANDBYTES, has_bitsandbytes
 from trainer.schema import Group
 from trainer.workspace import Workspace
 from ui import numbers
@@ -134,7 +135,13 @@ def _component(info: FieldInfo) -> gr.components.Component:
 
 def choice_labels(info: FieldInfo) -> Choices:
     """The choices of a setting as (what the person reads, value)."""
-    return [(_CHOICE_LABELS.get(word, word), word) for word in info.choices]
+    return [(_CHOICE_LABELS.get(word, word), word) for word in offered(info)]
+
+
+def offered(info: FieldInfo) -> list[str]:
+    """The choices of a setting that this machine has the package for."""
+    hidden = None if has_bitsandbytes() else NEEDS_BITSANDBYTES.get(info.key)
+    return [word for word in info.choices if word != hidden]
 
 
 def to_component(info: FieldInfo, text: str) -> Any:
@@ -142,7 +149,7 @@ def to_component(info: FieldInfo, text: str) -> Any:
     if info.kind == "switch":
         return text.strip().lower() in ("true", "on", "yes", "1")
     if info.key in SEGMENTED or (info.kind == "choice" and info.key not in PICKED):
-        return text if text in info.choices else None
+        return text if text in offered(info) else None
     return text
 
 

@@ -188,13 +188,17 @@ def _device(config: Config, facts: Facts) -> list[GateLine]:
         text = f"{facts.gpus} GPUs are here; a run of this page takes the first. All of them, with a saved config: {command}"
         lines.append(GateLine("gpus", "pass", text))
     h = config.hyperparams
-    if not facts.on_gpu and h.method == "qlora":
+    if h.method == "qlora":
         use = Action("LoRA", "set", values={"hyperparams.method": "lora"})
-        text = "QLoRA needs a GPU; this machine would train on its processor."
-        lines.append(GateLine("qlora", "problem", text, (use,), ("hyperparams.method",), True))
-    if not facts.on_gpu and h.optimizer == "adamw_8bit":
+        if not facts.bitsandbytes:
+            text = "QLoRA needs the package bitsandbytes: pip install 'signalbox[qlora]'."
+            lines.append(GateLine("qlora", "problem", text, (use,), ("hyperparams.method",), True))
+        elif not facts.on_gpu:
+            text = "QLoRA on a processor saves memory and is slow; LoRA is faster where it fits."
+            lines.append(GateLine("qlora", "warning", text, (use,), ("hyperparams.method",)))
+    if h.optimizer == "adamw_8bit" and not facts.bitsandbytes:
         use = Action("AdamW", "set", values={"hyperparams.optimizer": "adamw"})
-        text = "The 8-bit optimizer needs a GPU; this machine would train on its processor."
+        text = "The 8-bit optimizer needs the package bitsandbytes: pip install 'signalbox[qlora]'."
         lines.append(GateLine("optimizer", "problem", text, (use,), ("hyperparams.optimizer",), True))
     return lines
 

@@ -134,6 +134,7 @@ class Facts:
     device_name: str = ""
     on_gpu: bool = False
     gpus: int = 0
+    bitsandbytes: bool = True
     advice: str | None = None
     model: ModelFact | None = None
     data: DataFact | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from trainer.models.bits import import_bitsandbytes
 from trainer.refusal import Refusal
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
@@ -34,14 +35,8 @@ def build(named: list[tuple[str, nn.Parameter]], *, weight_decay: float, kind: s
     ]
     groups = [group for group in groups if group["params"]]
     if kind == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise Refusal(
-                "The 8-bit optimizer needs the package bitsandbytes: pip install 'signalbox[qlora]'.",
-                "hyperparams.optimizer",
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(groups, lr=0.0)
+        # where the package is absent there is a refusal in words before any run is made (trainer.packages)
+        return import_bitsandbytes().optim.AdamW8bit(groups, lr=0.0)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 

@@ -23,7 +23,8 @@ from trainer.loop.step import Stepper
 from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.models.load import DTYPES, Loaded, is_adapter, load_model, refuse_non_finite
-from trainer.models.lora import add_lora, continue_lora, targets_line
+from trainer.models.lora import add_lora, continue_lora, has_stacked_experts, targets_line
+from trainer.packages import check_packages
 from trainer.refusal import Refusal
 from trainer.schema import Config
 from trainer.worker import Cancelled, Worker
@@ -228,8 +229,7 @@ def build_model(
     h = config.hyperparams
     precision = pick_precision(config, device)
     quantised = h.method == "qlora"
-    if quantised and not device.startswith("cuda"):
-        raise Refusal("QLoRA needs a GPU and the package bitsandbytes. Use LoRA on this machine.", "hyperparams.method")
+    check_packages(config)
     source = resume_from if resume_from is not None else path
     loaded = load_model(source, dtype=precision.weights, device=device, quantise=quantised)
     say(
@@ -237,6 +237,8 @@ def build_model(
         f"{precision.name}, on {machine_name}."
     )
     refuse_foreign_ids(loaded, cache, source)
+    if quantised:
+        say_four_bits(loaded, device, say)
     trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
     for what in approximations(config.model_dump(), device != "cpu"):
         say(f"Approximate: {what}. Small updates can round to nothing; the curve is not that of exact weights.")
@@ -301,6 +303,15 @@ def _what_is_trained(config: Config, loaded: Loaded, source: Path, *, resumed: b
         )
     say(targets_line(trained))
     return trained
+
+
+def say_four_bits(loaded: Loaded, device: str, say: Say) -> None:
+    """The log's word on what is in 4 bits, what is not, and that a processor is slow at it."""
+    layers = sum(type(module).__name__ == "Linear4bit" for module in loaded.model.modules())
+    slow = " On a processor this saves memory and is slow." if device == "cpu" else ""
+    say(f"QLoRA: {layers} linear layers in 4 bits (NF4, double quantisation); embeddings and head as they are.{slow}")
+    if has_stacked_experts(loaded.model):
+        say("QLoRA: the experts are no linear layers and stay as wide as they are.")
 
 
 def say_attention(loaded: Loaded, choice: Choice, probe: MicroBatch, say: Say) -> None:

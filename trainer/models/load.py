@@ -13,6 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.launch import base_of
 from trainer.models import attention
+from trainer.models.bits import import_bitsandbytes, keep_layout
+from trainer.packages import has_bitsandbytes
 from trainer.refusal import Refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +46,11 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
     function = attention.register(attention.choose_kernel(device))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    extra: dict[str, Any] = {"quantization_config": _four_bits()} if quantise else {}
+    extra: dict[str, Any] = {}
+    if has_bitsandbytes():
+        import_bitsandbytes()  # peft imports it for every adapter: ours has to be the first time
+    if quantise:
+        extra = {"quantization_config": _four_bits(dtype), "device_map": {"": device}}
     try:
         loaded: Any = _with_own_attention(base, dtype, extra)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -61,7 +67,9 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str, quantise: bool = 
             f"Cannot train {base.name}: {len(missing)} tensors are missing, first {missing[0]}. Download it again.",
             "model_path",
         )
-    if not quantise:
+    if quantise:
+        keep_layout(model)
+    else:
         model = model.to(device)
     refuse_non_finite(model, "model")
     return Loaded(model, function, base)
@@ -123,12 +131,13 @@ def _forget_kernels(config: PreTrainedConfig) -> None:
             _forget_kernels(inner)
 
 
-def _four_bits() -> Any:
+def _four_bits(compute: torch.dtype) -> Any:
+    """NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314); products in `compute`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
     )
