@@ -146,6 +146,8 @@ class Sampler:
                 text = f"Sample {number + 1} could not be written: {str(error).strip()[:200]}"
                 self._around.events.append("alert", code="sample", step=step, text=text)
                 continue
+            if self._around.signals.interrupt():
+                return  # cut off by the stop: half an answer is no sample
             self._around.events.append(
                 "sample",
                 step=step,
