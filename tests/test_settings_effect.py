@@ -159,7 +159,7 @@ TABLE = (
 """All settings; the walker below makes both runs of each line."""
 
 NEEDS_GPU = {
-    "hyperparams.method = qlora": "QLoRA needs a GPU and the package bitsandbytes",
+    "hyperparams.method = qlora": "bitsandbytes",
     "hyperparams.optimizer = adamw_8bit": "bitsandbytes",
 }
 """Values that this machine refuses in words instead; what they do is shown where there is a GPU."""
