@@ -20,8 +20,9 @@ $(VENV)/.test: $(VENV)/.run
 run: $(VENV)/.run
 	$(BIN)/python app.py
 
+# two at a time, a file of tests in one process: each has its own runtime directory, so that their device locks never meet
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # minutes to hours: every mutant, every stop step, every browser path
 long: $(VENV)/.test
