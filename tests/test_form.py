@@ -10,9 +10,10 @@ import gradio as gr
 import pytest
 
 from trainer.config import Config, as_text, field, fields, get, resolve
+from trainer.packages import NEEDS_BITSANDBYTES
 from trainer.workspace import Workspace
 from ui.drafts import Draft
-from ui.form import build_form, elem_id, picker_choices, to_component
+from ui.form import build_form, elem_id, offered, picker_choices, to_component
 from ui.form_state import changed_titles, form_state, judged_values, problem_list
 
 RATE = "hyperparams.learning_rate"
@@ -56,7 +57,8 @@ def test_choices_are_those_of_the_schema() -> None:
     for info in fields():
         if info.kind == "choice":
             made: Any = components[info.key]
-            assert [value for _, value in made.choices] == list(info.choices)
+            assert [value for _, value in made.choices] == offered(info)
+            assert set(info.choices) - set(offered(info)) <= {NEEDS_BITSANDBYTES.get(info.key)}
 
 
 def test_a_component_shows_what_the_draft_says() -> None:

@@ -59,7 +59,9 @@ def reference(model, cache) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("groups", [[7], [4, 2, 1], [1] * 7], ids=str)
+@pytest.mark.parametrize(
+    "groups", [[4, 2, 1], *(pytest.param(each, marks=pytest.mark.slow) for each in ([7], [1] * 7))], ids=str
+)
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_a_step_with_router_losses_is_the_defined_one(family, method, groups) -> None:
