@@ -222,6 +222,9 @@ class StatusReader:
             status.resumed_itself = status.resumed_itself + 1 if event.get("auto") else 0
         elif kind == "cut_off":
             status.cause = event.get("cause") or None
+        elif kind == "running" and status.last_checkpoint_step is not None:
+            # begun from the newest that is whole: one beyond it was found damaged
+            status.last_checkpoint_step = min(status.last_checkpoint_step, event.get("step", 0)) or None
         elif kind == "rewind":
             status.gen += 1
         elif kind == "phase":

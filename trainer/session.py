@@ -134,6 +134,7 @@ def train_to_end(
         if kind == "stopped" and fields.get("by") == SHUTDOWN:
             fields["boot"] = boot_id()
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
+        watch.stop()  # a command answered behind the last event would make an ended run read as one that was cut off
         if kind == "failed" and echo is not None:
             console.say(fields["cause"], sys.stderr)
         try:

@@ -134,6 +134,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         config.output.save_total_limit,
         found.damaged_steps if found else frozenset(),
         around.promoted,
+        found.step if found else None,
     )
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None

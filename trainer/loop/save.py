@@ -78,8 +78,10 @@ class Saver:
         keep: int,
         damaged: frozenset[int] = frozenset(),
         promoted: Callable[[], set[int]] = set,
+        whole_step: int | None = None,
     ) -> None:
         self._checkpoints = checkpoints
+        self.whole_step = whole_step  # the newest that is known to be whole: resumed from, or written since
         self._events = events
         self._trained = trained
         self._tokenizer = tokenizer
@@ -133,7 +135,7 @@ class Saver:
             save_file(shot.optimizer, staging / checkpoint.OPTIMIZER)
             write_json(staging / checkpoint.STATE, {"format": checkpoint.FORMAT, **shot.state})
             size = checkpoint.seal(staging, shot.step)
-            self.last_seconds = time.monotonic() - started
+            self.last_seconds, self.whole_step = time.monotonic() - started, shot.step
             best = shot.state.get("best_step") == shot.step
             self._events.append(
                 "checkpoint", step=shot.step, bytes=size, seconds=round(self.last_seconds, 3), best=best

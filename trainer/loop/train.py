@@ -50,6 +50,7 @@ class Training:
         self.stepper, self.saver, self.sampler = ready.model.stepper, ready.saver, ready.sampler
         self.progress = ready.progress
         self.saved_step = ready.saved_step
+        self.best_before: tuple[float | None, int | None] = (None, None)  # the best saved one before the newest save
         self.waiting: deque[StepRecord] = deque()
         # what a spike is measured against: with the steps of earlier lives, so that a resume marks what it would have
         past = read_metrics(around.run.metrics)
@@ -74,8 +75,10 @@ class Training:
         around.events.append("running", step=self.progress.step)
         try:
             # before the first step, and after a resume where a stop cut the check short
-            if self._check_due() and self.progress.measured_step != self.progress.step and self._checked_enough():
-                return self._without_better()
+            if self._check_due():
+                measured = self.progress.measured_step == self.progress.step
+                if self._enough() if measured else self._checked_enough():
+                    return self._without_better()
             around.events.append("phase", name="train")
             self.last_arrival = time.perf_counter()
             while self.progress.step < plan.total_steps:
@@ -294,8 +297,12 @@ class Training:
 
     def _checked_enough(self) -> bool:
         """Measure held-out loss; True when that was the last check that early stopping waits for."""
+        return self._check_held_out() and self._enough()
+
+    def _enough(self) -> bool:
+        """Whether early stopping waits no longer, by the checks made so far."""
         patience = self.config.hyperparams.early_stopping_patience
-        return self._check_held_out() and bool(patience) and self.progress.checks_without_better >= patience
+        return bool(patience) and self.progress.checks_without_better >= patience
 
     def _without_better(self) -> Outcome:
         return self._ended("finished", cause=f"no better held-out loss in {self.progress.checks_without_better} checks")
@@ -341,6 +348,10 @@ class Training:
     def _save(self) -> None:
         """Copy the state off the device and let it be written; training goes on meanwhile."""
         progress = self.progress
+        self.saver.join()
+        if progress.best_saved_step == self.saved_step != self.saver.whole_step:  # that one was never written after all
+            progress.best_saved_loss, progress.best_saved_step = self.best_before
+        self.best_before = progress.best_saved_loss, progress.best_saved_step
         loss = progress.measured_loss if progress.measured_step == progress.step else None
         if loss is not None and (progress.best_saved_loss is None or loss < progress.best_saved_loss):
             progress.best_saved_loss, progress.best_saved_step = loss, progress.step
@@ -373,10 +384,11 @@ class Training:
         if self.progress.step and not fields.get("now"):
             self._save()
         self.saver.wait()
-        saved = checkpoint.listed(self.around.run.checkpoints)
-        size = sum(file.stat().st_size for file in saved[0][1].rglob("*") if file.is_file()) if saved else None
+        step = self.saver.whole_step  # the newest on the disk may be a damaged one that was passed over
+        folder = checkpoint.directory_of(self.around.run.checkpoints, step) if step is not None else None
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder else None
         fields |= {
-            "saved_step": saved[0][0] if saved else None,
+            "saved_step": step,
             "saved_bytes": size,
             "save_s": self.saver.last_seconds,
         }
@@ -385,11 +397,10 @@ class Training:
     def _diverged(self) -> Outcome:
         assert self.diverged is not None
         record, sums = self.diverged
-        self.saver.wait()
-        saved = checkpoint.listed(self.around.run.checkpoints)
+        self.saver.join()  # a save that went wrong was told as an alert; the end is this divergence
         cause, rows = cause_of(record, sums, self.tokens.cache, self.config)
         return Outcome(
             "diverged",
             record.step,
-            {"cause": cause, "rows": rows, "saved_step": saved[0][0] if saved else None},
+            {"cause": cause, "rows": rows, "saved_step": self.saver.whole_step},
         )
