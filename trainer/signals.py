@@ -115,10 +115,13 @@ class ControlWatch:
     def _loop(self) -> None:
         while not self._ended.wait(0.1):
             try:
-                for order in control.take(self._folder):
-                    self._answer(order)
+                self._look()
             except OSError:  # a full disk or a removed folder: the next look may work, and stop must go on working
                 continue
+
+    def _look(self) -> None:
+        for order in control.take(self._folder):
+            self._answer(order)
 
     def _answer(self, order: control.Order) -> None:
         if order.command in ("stop", "pause", "stop-now"):
