@@ -400,7 +400,7 @@ def test_without_a_run_the_page_says_what_the_machine_is_and_follows_the_next_on
 def test_no_script_addresses_the_root_of_the_host_so_that_a_root_path_works() -> None:
     scripts = [ASSETS / name for name in {*live.SCRIPTS, *runs.SCRIPTS}]
     rooted = re.compile(r"[\"'`]/(?:api|live|runs|files)[^\"'`]*")
-    assert len(scripts) == 13
+    assert len(scripts) == 14
     assert [found for path in scripts for found in rooted.findall(path.read_text())] == []
 
 

@@ -41,7 +41,7 @@ def routes(site: Site) -> list[Route]:
         "queue": ("queue", lambda caller, body: train_do.enqueue(site, caller)),
         "smoke": ("smoke", lambda caller, body: train_do.smoke(site, caller)),
         "smoke-stop": ("smoke", lambda caller, body: train_do.smoke_stop(site)),
-        "find-batch": ("see_rows", lambda caller, body: train_batch.find_batch(site, caller)),
+        "find-batch": ("check", lambda caller, body: train_batch.find_batch(site, caller)),
         "try": ("start", lambda caller, body: train_try.try_it(site, caller)),
     }
     return [
