@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,39 @@ def test_what_is_or_was_current_outlives_the_pruning_of_its_own_run(tmp_path: Pa
     finally:
         worker.close()
     assert sorted(step for step, _ in checkpoint.listed(run.checkpoints)) == [older, newer, 7, 8]
+
+
+def test_what_is_made_current_while_its_run_prunes_is_kept_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promoted between the look at what is current and the removal: the current model must never be the one removed."""
+    model, data = tiny_model_dir(tmp_path / "model", hidden=32, layers=1), runs.write_rows(tmp_path / "rows.jsonl", 20)
+    workspace, worker = Workspace(tmp_path / "ws").create(), Worker()
+    config = runs.settings(
+        model, data, max_steps=5, output={"save_steps": 1, "save_total_limit": 2}, eval={"eval_strategy": "no"}
+    )
+    run, prune = runs.new(workspace, config), checkpoint.prune
+    promoting: list[threading.Thread] = []
+
+    def promote(step: int) -> None:
+        with contextlib.suppress(Refusal):
+            workspace.current.promote(run, step, "owner")
+
+    def late(checkpoints: Path, keep: int, *given: Any) -> list[int]:
+        if len(found := checkpoint.listed(checkpoints)) > keep:
+            promoting.append(threading.Thread(target=promote, args=(found[-1][0],)))
+            promoting[-1].start()
+            promoting[-1].join(0.3)
+        return prune(checkpoints, keep, *given)
+
+    monkeypatch.setattr(checkpoint, "prune", late)
+    try:
+        assert runs.train(run, workspace, worker) == "finished"
+    finally:
+        worker.close()
+    for thread in promoting:
+        thread.join()
+    assert promoting and all(entry.checkpoint.exists() for entry in workspace.current.history())
 
 
 def test_the_page_promotes_rolls_back_and_refuses_to_delete_the_run_that_holds_it(

@@ -1,12 +1,14 @@
 """The current model of a workspace: which checkpoint people use, kept with its history in current.json.
 
 Promoting and rolling back are one atomic rename of that file; no weights are copied, moved or removed, so nothing can be
-lost. What it names, and what it named before, is never pruned and its run cannot be deleted. Torch-free.
+lost. What it names, and what it named before, is never pruned; the run of the current one cannot be deleted. Torch-free.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ class Current:
         except FileNotFoundError:
             return ()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refusal(f"{self.path} cannot be read ({error}). The models themselves are untouched.") from None
+            why = getattr(error, "strerror", None) or str(error)
+            raise Refusal(f"{self.path.name} cannot be read ({why}). The models themselves are untouched.") from None
 
     def promote(self, run: RunDir, step: int, by: str) -> Promotion:
         """Make the checkpoint of `step` the current model; Refusal when any byte of it is not as it was written."""
@@ -69,10 +72,9 @@ class Current:
             before = self.history()
             if before and (before[0].run_id, before[0].step) == (new.run_id, new.step):
                 raise Refusal(f"Step {step} of this run is the current model already.")
-            self._write((new, *before)[:HISTORY])
-            if not directory.exists():  # pruned by its own run in the moment before it was named
-                self._write(before)
+            if not directory.exists():  # pruned by its own run since it was read
                 raise Refusal(f"The checkpoint of step {step} was just removed to make room. Nothing was changed.")
+            self._write((new, *before)[:HISTORY])
         return new
 
     def roll_back(self) -> Promotion:
@@ -99,6 +101,12 @@ class Current:
         """Whether the current model is a checkpoint of this run."""
         history = self.history()
         return bool(history) and history[0].run_id == run_id
+
+    @contextmanager
+    def standing(self, run_id: str) -> Iterator[set[int]]:
+        """`steps_of` a run, true until the block ends: for whoever takes away what is not current, and no more a moment later."""
+        with _Locked(self.path):
+            yield self.steps_of(run_id)
 
     def _write(self, history: tuple[Promotion, ...]) -> None:
         content: dict[str, Any] = {"history": [asdict(entry) for entry in history]}

@@ -198,13 +198,7 @@ def _run(
 
     snapshot = life.run.snapshot()
     config = Config.model_validate(snapshot["config"])
-    if not Path(config.model_path).is_dir():
-        name = Path(config.model_path).name
-        raise Refusal(
-            f"The model folder {name} is gone, and a resume begins with it. Put it back; every checkpoint of the run is "
-            "untouched.",
-            "model_path",
-        )
+    _refuse_without_model(Path(config.model_path))
     prompt = Prompt(snapshot["profile"]["name"], snapshot["profile"]["system_prompt"], snapshot["profile"]["date"])
     found = _where_to_go_on(life.run, say)
     torch.set_num_threads(snapshot["threads"])
@@ -223,7 +217,7 @@ def _run(
         life.number,
         say,
         team or ALONE,
-        lambda: workspace.current.steps_of(life.run.run_id),
+        lambda: workspace.current.standing(life.run.run_id),
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -249,6 +243,15 @@ def _train(
         wish = life.signals.wish
         return "paused" if wish.end == "pause" else "stopped", {"step": found.step if found else 0, "by": wish.by}
     return outcome.kind, {"step": outcome.step, "memory_before_gib": used_gib(gpu), **outcome.fields}
+
+
+def _refuse_without_model(folder: Path) -> None:
+    if not folder.is_dir():
+        raise Refusal(
+            f"The model folder {folder.name} is gone, and a resume begins with it. Put it back; every checkpoint of the run "
+            "is untouched.",
+            "model_path",
+        )
 
 
 def _back(life: Life, config: Config, team: Team, outcome: Outcome) -> checkpoint.Found | None:

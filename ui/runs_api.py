@@ -153,9 +153,11 @@ class RunsApi:
         return notes
 
     def _delete(self, run: RunDir, typed: str) -> int:
-        if self._site.workspace.current.is_of(run.run_id):
-            raise Refusal("This run holds the current model. Make another one current first; nothing was deleted.")
-        return delete_run(run, typed)
+        current = self._site.workspace.current
+        with current.standing(run.run_id):
+            if current.is_of(run.run_id):
+                raise Refusal("This run holds the current model. Make another one current first; nothing was deleted.")
+            return delete_run(run, typed)
 
     async def promote(self, request: Request) -> Response:
         """`POST api/runs/ID/promote {"step": N}`: makes that checkpoint the current model, once every byte was read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trainer.files import make_private_dir
 from trainer.launch import Prompt, fingerprint
 from trainer.loop import optim, prepare
 from trainer.loop.sampler import Sampler
-from trainer.loop.save import Saver, load_optimizer
+from trainer.loop.save import Promoted, Saver, load_optimizer
 from trainer.loop.team import ALONE, Team
 from trainer.models.activations import recompute
 from trainer.refusal import Refusal
@@ -50,7 +51,7 @@ class Surroundings:
     life: int
     say: Callable[[str], None]
     team: Team = ALONE
-    promoted: Callable[[], set[int]] = set  # steps of this run that are, or were, somebody's current model
+    promoted: Promoted = lambda: nullcontext(set())
 
 
 @dataclass
@@ -97,8 +98,10 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     _same_model(around, config)
     converted = make_private_dir(around.tokens_root.parent / "converted")
     folder = prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say)
+    rewinds = rewinds_of(all_events(around.run.events))
     around.team.tell(
         {
+            "skip": sorted(rewinds.skip),
             "run": str(around.run.path),
             "folder": str(folder),
             "cache": str(tokens.cache.path),
@@ -138,7 +141,6 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     )
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
-    rewinds = rewinds_of(all_events(around.run.events))
     leave_if_asked(around)
     return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from trainer.events import EventLog
 from trainer.files import write_json
 from trainer.loop import optim
 from trainer.refusal import Refusal
+
+Promoted = Callable[[], AbstractContextManager[set[int]]]
+"""Steps of the run that are, or were, somebody's current model; none is promoted while the context is open."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Saver:
         base_path: Path,
         keep: int,
         damaged: frozenset[int] = frozenset(),
-        promoted: Callable[[], set[int]] = set,
+        promoted: Promoted = lambda: nullcontext(set()),
         whole_step: int | None = None,
     ) -> None:
         self._checkpoints = checkpoints
@@ -88,7 +92,7 @@ class Saver:
         self._base_path = base_path
         self._keep = keep
         self._damaged = damaged  # steps that the resume passed over: they count for nothing among those kept
-        self._promoted = promoted  # steps that people use as their current model; asked at each pruning
+        self._promoted = promoted  # asked at each pruning
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self.last_seconds: float | None = None
@@ -169,7 +173,8 @@ class Saver:
         """Remove old checkpoints; what stands in the way of that is said and never costs the run or the one just saved."""
         self._damaged -= {step}
         try:
-            checkpoint.prune(self._checkpoints, self._keep, pinned | {step} | self._promoted(), self._damaged)
+            with self._promoted() as promoted:
+                checkpoint.prune(self._checkpoints, self._keep, pinned | {step} | promoted, self._damaged)
         except (OSError, Refusal) as error:
             why = getattr(error, "strerror", None) or str(error)
             text = (
