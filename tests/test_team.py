@@ -15,10 +15,11 @@ import pytest
 
 from tests.runs import new, settings, train, wait_for, write_rows
 from tests.tiny import tiny_model_dir
+from trainer import rewind
 from trainer.data.packing import make_plan
-from trainer.events import all_events
+from trainer.events import EventLog, all_events
 from trainer.loop.team import Team, _buckets
-from trainer.metrics import RECORD, ROW_RECORD
+from trainer.metrics import RECORD, ROW_RECORD, read_metrics, read_rows
 from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.worker import Worker
@@ -143,6 +144,25 @@ def test_a_terminated_team_resumes_on_the_same_curve_bit_for_bit_and_not_as_one_
         for path in (unbroken.path, run.path)
     ]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_team_leaves_out_the_rows_that_a_rewind_skipped(place: Path, config: Config, unbroken: RunDir) -> None:
+    """A person went around the bad rows of a team's run on the page; the team then goes on without them, in step."""
+    process, run = _train(place, config, "around")
+    wait_for(lambda: run.metrics.exists() and len(_columns(run)) >= 4, 120)
+    next(p for p in _workers(process) if p.environ()["RANK"] == "0").send_signal(signal.SIGTERM)
+    _end(process)
+    at = status(run).current_step
+    bad = [row for row, *_ in read_rows(unbroken.rows, at + 1)] + [read_rows(unbroken.rows, at + 2)[0][0]]
+    log = EventLog(run.events)
+    rewind.note(log, at + 1, at, [{"row": row} for row in bad], rewind.Rewinds())
+    log.close()
+    _end(_torchrun(place, "resume", str(run.path)))
+    assert status(run).state == "finished", status(run).cause
+    steps = read_metrics(run.metrics)["step"].tolist()
+    assert at + 1 not in steps and at + 2 in steps
+    assert not {row for step in steps if step > at for row, *_ in read_rows(run.rows, int(step))} & set(bad)
 
 
 def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -45,15 +45,17 @@ def follow(team: Team, machine: Machine) -> None:
     )
     if found is not None:
         restore(config, model, found)
-    _obey(team, config, tokens, model, device)
+    _obey(team, config, tokens, model, device, frozenset(told["skip"]))
 
 
-def _obey(team: Team, config: Config, tokens: prepare.Tokens, model: prepare.Model, device: str) -> None:
+def _obey(
+    team: Team, config: Config, tokens: prepare.Tokens, model: prepare.Model, device: str, skip: frozenset[int]
+) -> None:
     plan = prepare.plan_of(config, tokens)
     groups = prepare.held_out_groups(config, tokens)
     while (order := team.hear()).word is not Word.END:
         if order.word is Word.STEP:
-            micro_rows = plan.micro_batches(order.step, order.packs_each)
+            micro_rows = plan.micro_batches(order.step, order.packs_each, without=skip)
             model.stepper.step(order.step, micro_rows, tokens.cache, order.rate)
         else:
             held_out_loss(

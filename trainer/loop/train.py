@@ -115,11 +115,11 @@ class Training:
         team = self.around.team
         packs_each = self.plan.packs_each(number, self.progress.packs_each, team.size)
         try:
-            team.order(Order(Word.STEP, number, packs_each, rate))
             groups = self.plan.micro_batches(number, packs_each, without=self.ready.rewinds.skip)
             if not groups:  # every row of it is skipped since a rewind: a step of nothing leaves no record
                 self.progress.step = number
                 return True
+            team.order(Order(Word.STEP, number, packs_each, rate))
             # the others of a team are inside the step by now and would wait for this one's gradients
             interrupt = self.around.signals.now if team.size == 1 else None
             record = self.stepper.step(number, groups, self.tokens.cache, rate, interrupt)
