@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 import ui.feed
+import ui.process
 import ui.queue_api
+from app import options_of, parser
 from tests import runs
 from tests.conftest import RunningApp
 from tests.made_runs import MadeRun
@@ -155,6 +158,32 @@ def test_a_pause_holds_the_queue_and_a_waiting_run_goes_on_where_it_was(
     assert order(engine.workspace.queue) == [other]
     engine.workspace.queue.remove(other)
     control.drop(run.control, "stop-now", "me")
+
+
+def test_a_pause_under_a_queue_that_cannot_be_read_breaks_nothing(engine: Engine, place: tuple[Path, Path]) -> None:
+    run_id = engine.start_run(runs.settings(*place, max_steps=5000, eval={"eval_strategy": "no"}), "me")
+    run = engine.workspace.run(run_id)
+    runs.wait_for(lambda: status(run).current_step > 0, 60)
+    engine.workspace.queue.path.write_text("{half", encoding="utf-8")
+    control.drop(run.control, "pause", "me")
+    runs.wait_for(lambda: engine.holder() is None)
+    assert status(run).state == "paused" and not engine.poisoned.is_set()
+    with pytest.raises(Refusal, match="queue.json of the workspace cannot be read") as refused:
+        engine.workspace.queue.read()
+    assert str(engine.workspace.root) not in refused.value.message, "viewers read it"
+
+
+def test_the_queue_begins_when_runs_that_were_cut_off_have_had_their_turn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "tend_queue", lambda self: said.append("queue"))
+    monkeypatch.setattr(Engine, "recover", lambda self, ends: said.append("recover"))
+    said: list[str] = []
+    options = options_of(parser().parse_args(["--workspace", str(engine.workspace.root)]))
+    site = Site(engine.workspace, engine, engine.worker, None, None, Path("config.json"))  # type: ignore[arg-type]
+    ui.process._recover(site, options)
+    assert said == ["recover", "queue"]
+    assert inspect.getsource(ui.process.serve).count("tend_queue") == 0, "the run that waits would take the device"
 
 
 def test_the_model_that_was_queued_is_the_one_that_is_trained(

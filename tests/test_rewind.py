@@ -134,6 +134,10 @@ def test_it_gives_up_after_some_rewinds_and_without_a_checkpoint(
     poison(monkeypatch, *range(30))
     first = new(place)
     assert one_life(first, place[0], worker) == "diverged" and rewinds(first) == []
+    # a person may still go around the rows: it starts over without them
+    bad = [row["row"] for row in all_events(first.events)[-1]["rows"]]
+    open_life(first, "test", resumed=True, around_rows=True).close()
+    assert [(event["to"], event["rows"]) for event in rewinds(first)] == [(0, bad)]
     monkeypatch.undo()
 
     run = new(place, max_steps=40)

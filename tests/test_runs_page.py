@@ -135,6 +135,16 @@ def test_settings_are_told_in_the_words_of_the_form_with_what_differs_from_the_d
     assert entries["model_path"]["value"] == "/secret/place/tiny-qwen3" and answer["versions"] == {"torch": "2.13.0"}
 
 
+def test_no_folder_of_this_machine_is_told_to_a_viewer(client: TestClient, viewer: TestClient, site: Site) -> None:
+    run = finished(site).run
+    snapshot = json.loads(run.config.read_text(encoding="utf-8"))
+    run.config.write_text(json.dumps(snapshot | {"workspace": "/secret/place"}), encoding="utf-8")
+    address = f"/api/runs/{run.run_id}/settings"
+    assert client.get(address).json()["facts"]["workspace"] == "/secret/place"
+    told = viewer.get(address)
+    assert told.status_code == 200 and "/secret/place" not in told.text
+
+
 # ---- in the browser -----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import secrets
+import sys
 import threading
 import time
 import traceback
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trainer import launch, lease
+from trainer import console, launch, lease
 from trainer.ends import End
 from trainer.files import make_private_dir
 from trainer.locks import FileLock
@@ -310,10 +311,18 @@ class Engine:
             end = train_to_end(life, self.workspace, self.worker, here, notifier=self.notifier)
             if life.poisoned:
                 self.poisoned.set()
-            if end == "paused" and self.workspace.queue.read().entries:  # somebody wants the device for something else
-                self.workspace.queue.hold(life.signals.wish.by)
+            if end == "paused":
+                self._hold_queue(life.signals.wish.by)
 
         self._hand_over(_Task("train", work, lock, life.signals, life))
+
+    def _hold_queue(self, by: str) -> None:
+        """After a pause: somebody wants the device for something else."""
+        try:
+            if self.workspace.queue.read().entries:
+                self.workspace.queue.hold(by)
+        except Refusal as refusal:  # a full disk, a damaged file: nothing that the engine must restart for
+            console.say(f"The queue could not be held back after the pause: {refusal.message}", sys.stderr)
 
     def _import_torch(self) -> None:
         with self._importing:  # two threads that import torch and its friends at once meet half-made modules

@@ -59,7 +59,8 @@ class Queue:
             return Waitings()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Refusal(
-                f"The queue's file {self.path} cannot be read ({error}). Move it away to start anew."
+                f"{self.path.name} of the workspace cannot be read ({getattr(error, 'strerror', None) or error}). "
+                "Move it away to start the queue anew."
             ) from None
 
     def add(self, run_id: str, by: str) -> int:

@@ -56,10 +56,11 @@ def rewind(run: RunDir, events: EventLog, step: int, rows: list[dict[str, Any]])
 def go_around(run: RunDir, events: EventLog, past: list[dict[str, Any]]) -> int:
     """Write the same for a run that ended as diverged and is resumed by a person; returns the rewinds written (0 or 1)."""
     ended = next((event for event in reversed(past) if event["kind"] == "diverged"), None)
-    saved = checkpoint.listed(run.checkpoints)
-    if ended is None or not saved:
+    if ended is None:
         return 0
-    note(events, int(ended["step"]), saved[0][0], ended.get("rows", []), rewinds_of(past))
+    # what the resume will find; without a checkpoint it starts over, without the rows all the same
+    whole = next((step for step, folder in checkpoint.listed(run.checkpoints) if checkpoint.looks_whole(folder)), 0)
+    note(events, int(ended["step"]), whole, ended.get("rows", []), rewinds_of(past))
     return 1
 
 

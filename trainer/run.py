@@ -83,7 +83,7 @@ class RunDir:
         except (FileNotFoundError, ValueError):
             content = None
         if not isinstance(content, dict) or "run_id" not in content:
-            raise Refusal(f"{self.path} is not a run: it has no config.json of one.")
+            raise Refusal(f"{self.path.name} is not a run: it has no config.json of one.")
         return content
 
     def read_notes(self) -> dict[str, Any]:

@@ -109,7 +109,6 @@ def serve(options: Options) -> int:
     site, server = _open(options, listening, stop)
     if not asked and server.start():
         say(f"Signalbox is open on {options.url}")
-        site.engine.tend_queue()
         if options.browser:
             _open_browser(options.url)
         threading.Thread(target=_recover, args=(site, options), name="recover", daemon=True).start()
@@ -181,11 +180,13 @@ def _without_stub_files() -> Iterator[None]:
 
 
 def _recover(site: Site, options: Options) -> None:
-    """Look after the runs of a server that is gone; the page answers already."""
+    """Look after the runs of a server that is gone, and only then go on with the queue: it would take their device."""
     try:
         site.engine.recover(read_ends(options.workspace))
     except (OSError, ValueError) as error:  # a workspace that cannot be read: the page says more
         say(f"Runs that were cut off could not be looked after: {error}", sys.stderr)
+    finally:
+        site.engine.tend_queue()
 
 
 def _is_supervised(options: Options) -> bool:

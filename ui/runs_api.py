@@ -265,6 +265,8 @@ def _settings(run: RunDir, caller: Caller) -> dict[str, Any]:
         }
         groups.setdefault(field.group, []).append(row)
     facts = {key: value for key, value in snapshot.items() if isinstance(value, (str, int, float, bool))}
+    if not caller.may("paths"):
+        facts.pop("workspace", None)
     versions = snapshot.get("versions", {})
     return {
         "groups": groups,
