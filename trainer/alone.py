@@ -19,7 +19,7 @@ from trainer.files import make_private_dir
 from trainer.machine import Machine, machine
 from trainer.notify import Notifier
 from trainer.refusal import Refusal
-from trainer.run import RunDir, status
+from trainer.run import RunDir, new_run_id, status
 from trainer.schema import Config
 from trainer.session import Life, open_life, train_to_end
 from trainer.signals import GIVE_UP_S, Deadline, Signals
@@ -60,7 +60,8 @@ def train_alone(workspace: Workspace, config: Config, output: Path | None) -> in
         if team is not None and not team.leads:
             return _help_along(team, here)
         launch.check_paths(config)
-        with _devices(here, team, run_id="", name=launch.auto_name(config)):
+        output = (output or workspace.runs / new_run_id()).absolute()
+        with _devices(here, team, output, launch.auto_name(config)):
             threads = max(1, threads_for(here) // (team.size if team else 1))
             run, _ = launch.new_run(workspace, config, here, owner=owner_here(), threads=threads, output=output)
             say(f"Run directory: {run.path}")
@@ -79,7 +80,7 @@ def resume_alone(run: RunDir, quiet: bool) -> int:
             return 0
         if "resume" not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
-        with _devices(here, team, run_id=run.run_id, name=now.name):
+        with _devices(here, team, run.path, now.name):
             root = Path(run.snapshot().get("workspace", run.path.parent.parent))
             workspace = Workspace(root).create()
             return _to_end(open_life(run, owner_here(), resumed=True), workspace, team, quiet=quiet)
@@ -103,12 +104,12 @@ def _joined(here: Machine) -> Iterator[Team | None]:
 
 
 @contextlib.contextmanager
-def _devices(here: Machine, team: Team | None, *, run_id: str, name: str) -> Iterator[None]:
+def _devices(here: Machine, team: Team | None, run: Path, name: str) -> Iterator[None]:
     """The lease of the device, or of every device a team computes on; Refusal (Busy) when one is taken."""
     devices = [gpu.uuid.lower() for gpu in here.gpus[: team.size]] if team and here.gpu else [here.device]
     with contextlib.ExitStack() as held:
         for device in devices:
-            lock = lease.acquire(device, kind="train", owner=owner_here(), run_id=run_id, name=name)
+            lock = lease.acquire(device, kind="train", owner=owner_here(), run_id=run.name, name=name, run_path=run)
             held.callback(lock.release)
         yield
 

@@ -86,7 +86,7 @@ class Engine:
         launch.check_paths(config)
         name, folder = name.strip() or launch.auto_name(config), self.workspace.runs / new_run_id()
         with self._starting():
-            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=folder.name, name=name)
+            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=folder.name, name=name, run_path=folder)
             try:
                 threads = threads_for(here)
                 run, _ = launch.new_run(
@@ -286,7 +286,9 @@ class Engine:
     def _begin(self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False) -> None:
         here = self.machine()
         with self._starting():
-            lock = lease.acquire(here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id)
+            lock = lease.acquire(
+                here.device, kind="train", owner=owner, run_id=run.run_id, name=name or run.run_id, run_path=run.path
+            )
             try:
                 resumed = run.events.exists()
                 self._train(run, lock, here, owner, resumed=resumed, around_rows=around_rows, auto=auto)

@@ -29,7 +29,7 @@ class Rewinds:
 
 def rewinds_of(events: Iterable[dict[str, Any]]) -> Rewinds:
     """What the run's events say of its rewinds."""
-    found = [event for event in events if event["kind"] == "rewind"]
+    found = [event for event in events if event["kind"] == "rewind" and not event.get("memory")]
     rows = frozenset(int(row) for event in found for row in event["rows"])
     factor = 1.0
     for event in found:
@@ -73,3 +73,10 @@ def note(events: EventLog, step: int, to: int, rows: list[dict[str, Any]], befor
         f"{rate:.3g} times what it was set to."
     )
     events.append("rewind", step=step, to=to, rows=[row["row"] for row in rows], factor=FACTOR, text=text)
+
+
+def note_memory(events: EventLog, step: int, to: int) -> None:
+    """Write that memory ran out in the update of `step` and the run goes on from step `to`: no row is skipped for that."""
+    why = "since its weights may be of two steps"
+    text = f"Out of memory in the update of step {step}: back to step {to}, {why}. Nothing is skipped."
+    events.append("rewind", memory=True, step=step, to=to, rows=[], factor=1.0, text=text)

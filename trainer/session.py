@@ -26,7 +26,7 @@ from trainer.machine import GIB, Machine
 from trainer.notify import Message, Notifier, message_of
 from trainer.recovery import SHUTDOWN, trainer_note
 from trainer.refusal import Refusal
-from trainer.rewind import go_around, rewind
+from trainer.rewind import go_around, note_memory, rewind
 from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.signals import ControlWatch, Signals
@@ -227,18 +227,33 @@ def _run(
 def _train(
     life: Life, around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None
 ) -> tuple[str, dict[str, Any]]:
-    """Get ready and take the steps; after a divergence once more from a checkpoint, where the settings say so."""
+    """Get ready and take the steps; once more from a checkpoint when memory ran out in the update, or after a divergence where
+    the settings say so.
+    """
     from trainer.loop.prepare import Left
     from trainer.loop.ready import get_ready
+    from trainer.loop.shortage import go_on_smaller
     from trainer.loop.train import Training
 
     gpu = around.device != "cpu"
     try:
         outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
-        while (back := _back(life, config, around.team, outcome)) is not None:
-            free_memory(gpu, None)  # the weights that are no numbers go before the good ones come
-            found, around = back, replace(around, life=around.life + 1)
-            outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
+        while outcome.kind in ("diverged", "memory"):
+            short = outcome if outcome.kind == "memory" else None
+            if short is not None:
+                found = _where_to_go_on(life.run, around.say)
+                note_memory(life.events, short.step, found.step if found else 0)
+            elif (back := _back(life, config, around.team, outcome)) is not None:
+                found = back
+            else:
+                break
+            free_memory(gpu, None)  # the weights that are no good go before the good ones come
+            around = replace(around, life=around.life + 1)
+            training = Training(around, config, get_ready(around, config, prompt, found))
+            if short is not None:
+                go_on_smaller(training, short.step, short.fields["progress"])
+            outcome = training.loop()
+            del training
     except Left:
         wish = life.signals.wish
         return "paused" if wish.end == "pause" else "stopped", {"step": found.step if found else 0, "by": wish.by}

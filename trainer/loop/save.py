@@ -114,6 +114,12 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(shot, pinned, sync_curve), name="saver")
         self._thread.start()
 
+    def refuse(self, step: int, why: str) -> None:
+        """Tell that `step` could not be saved; `wait` raises it, unless a later save goes well."""
+        self.join()
+        self._error = OSError(0, why)
+        self._events.append("alert", code="save", step=step, text=f"Saving step {step} went wrong: {why}.")
+
     def join(self) -> None:
         """Until nothing is being written, whatever came of it."""
         if self._thread is not None:

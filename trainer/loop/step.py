@@ -36,6 +36,10 @@ def seed_draws(seed: int, device: str) -> None:
         torch.cuda.default_generators[torch.cuda.current_device() if index is None else index].manual_seed(seed)
 
 
+class UpdateOutOfMemory(Exception):
+    """Memory ran out while weights and moments were being updated: some may be of this step, some of the one before."""
+
+
 class Marks:
     """Times between points of a step, in seconds: the host's clock on a CPU, events in the device's stream on a GPU."""
 
@@ -131,7 +135,7 @@ class Stepper:
         The gradient is that of the summed label losses over the labels of all micro-batches together, and of the router
         losses, where the model adds them, weighted by tokens over all tokens of the step. A team parts the micro-batches
         among its processes, and all of them come to the same weights. Raises BadRow, before anything is computed, for a
-        row that cannot be trained.
+        row that cannot be trained, OutOfMemoryError where nothing was updated yet, and UpdateOutOfMemory afterwards.
         """
         started = time.perf_counter()
         rows = np.concatenate(micro_rows)
@@ -155,7 +159,10 @@ class Stepper:
         self.team.sum(sums)
         self.team.sum_gradients(self._parameters)
         marks.mark()
-        norm = self._update(rate, sums)
+        try:
+            norm = self._update(rate, sums)
+        except torch.OutOfMemoryError:
+            raise UpdateOutOfMemory from None
         values = self._to_host(torch.cat([norm.float().reshape(1), self.guard.flag.reshape(1), sums]))
         marks.mark()
         row_ids = tuple(int(row) for row in rows)

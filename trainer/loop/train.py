@@ -17,15 +17,15 @@ import torch
 from trainer import checkpoint, clock
 from trainer.data.loader import BadRow, read_row
 from trainer.data.tokens import TokenCache
+from trainer.loop import shortage
 from trainer.loop.diverged import cause_of
 from trainer.loop.evaluate import held_out_loss
 from trainer.loop.ready import Ready, Surroundings
 from trainer.loop.save import snapshot
 from trainer.loop.schedule import learning_rate
-from trainer.loop.step import StepRecord
+from trainer.loop.step import StepRecord, UpdateOutOfMemory
 from trainer.loop.team import Order, Word
 from trainer.metrics import MetricsWriter, read_metrics
-from trainer.models.activations import recompute
 from trainer.refusal import Refusal
 from trainer.schema import Config
 
@@ -36,7 +36,7 @@ IN_FLIGHT_STEPS = 2
 class Outcome:
     """How the loop ended; the session adds what it measured and writes the last event."""
 
-    kind: str  # finished, stopped, paused, diverged
+    kind: str  # finished, stopped, paused, diverged; "memory": go back to a checkpoint, and on from there with less
     step: int
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -57,11 +57,10 @@ class Training:
         self.recent: deque[float] = deque(past["loss"][past["step"] <= ready.progress.step].tolist(), maxlen=50)
         self.last_arrival = time.perf_counter()
         self.diverged: tuple[StepRecord, list[float]] | None = None  # the first bad step and its rows' loss sums
+        self.update_broke = False  # memory ran out between the weights of two steps
         self.skip_said = False
         self.disk_checked = 0.0
         self.disk_is_low = False
-
-    # -- the loop
 
     def loop(self) -> Outcome:
         """Train until the plan ends or an end is asked for; the last state is saved either way."""
@@ -87,6 +86,8 @@ class Training:
                         "paused" if wish.end == "pause" else "stopped", by=wish.by, now=wish.end == "stop-now"
                     )
                 if not self._one_step():
+                    if self.update_broke:
+                        return self._out_of_memory_in_update()
                     continue
                 self._arrivals(IN_FLIGHT_STEPS)
                 if self.diverged is not None:
@@ -127,8 +128,11 @@ class Training:
             raise self._refuse_row(bad, self.tokens.cache) from None
         except torch.OutOfMemoryError:
             out_of_memory = True  # the frames, and the tensors in them, are gone only after this block is left
+        except UpdateOutOfMemory:
+            self.update_broke = True
+            return False
         if out_of_memory:
-            self._smaller(number)
+            shortage.smaller(self, number)
             return False
         if record is None:
             return False
@@ -148,33 +152,13 @@ class Training:
             "data.dataset_path",
         )
 
-    def _smaller(self, step: int) -> None:
-        """One rung down the ladder: half the micro-batch with twice the accumulation, at one row checkpointing."""
-        if self.around.team.size > 1:
-            raise Refusal(
-                f"Out of memory at step {step}. With {self.around.team.size} processes the micro-batch is not lowered by "
-                "itself: resume with a smaller hyperparams.batch_size and more hyperparams.gradient_accumulation."
-            )
-        self.stepper.optimizer.zero_grad(set_to_none=True)
-        if self.around.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        progress = self.progress
-        if progress.packs_each > 1:
-            before, progress.packs_each = progress.packs_each, progress.packs_each // 2
-            did = f"Micro-batch now {progress.packs_each} instead of {before}: each step trains the same tokens. Nothing lost."
-        elif not progress.checkpointing:
-            recompute(self.model.loaded.model, self.config.hyperparams.gradient_checkpointing_policy)
-            progress.checkpointing = True
-            did = "Gradient checkpointing is now on. Nothing lost; about a quarter slower."
-        else:
-            rows = self.plan.micro_batches(step, 1)
-            longest = max(int(self.tokens.cache.lengths[row]) for group in rows for row in group)
-            raise Refusal(
-                f"Out of memory at step {step} with one row at a time and checkpointing on (longest row {longest:,} tokens). "
-                "Lower the maximum length, or use LoRA."
-            )
-        self.around.events.append("oom_rung", step=step, text=f"Out of memory at step {step}. {did}")
-        self.around.say(f"Out of memory at step {step}. {did}")
+    def _out_of_memory_in_update(self) -> Outcome:
+        """Some weights may be of this step and some of the one before: only a checkpoint is sure to be of one step."""
+        self._arrivals(0)
+        if self.diverged is not None:
+            return self._diverged()
+        self.saver.join()
+        return Outcome("memory", self.progress.step + 1, {"progress": self.progress})
 
     def _arrivals(self, leave: int) -> None:
         """Write the metrics of steps whose values have arrived; wait while more than `leave` are still on their way."""
@@ -334,16 +318,23 @@ class Training:
                     read_row(self.tokens.held_out, int(row), self.stepper.vocabulary)
         except BadRow as bad:
             raise self._refuse_row(bad, self.tokens.held_out) from None
-        return held_out_loss(
-            self.model.loaded.model,
-            self.model.trained,
-            self.tokens.held_out,
-            self.ready.held_out_groups,
-            self.model.choice.path,
-            self.around.device,
-            self.around.signals.interrupt,
-            self.around.team,
-        )
+        while True:
+            try:
+                return held_out_loss(
+                    self.model.loaded.model,
+                    self.model.trained,
+                    self.tokens.held_out,
+                    self.ready.held_out_groups,
+                    self.model.choice.path,
+                    self.around.device,
+                    self.around.signals.interrupt,
+                    self.around.team,
+                )
+            except torch.OutOfMemoryError:
+                if self.around.team.size > 1:  # the others wait for this one's sums
+                    raise
+            if not shortage.smaller_groups(self):
+                return None
 
     def _save(self) -> None:
         """Copy the state off the device and let it be written; training goes on meanwhile."""
@@ -365,15 +356,26 @@ class Training:
             "scaler": self.stepper.scaler.state_dict() or None,
         }
         pinned = {progress.best_saved_step} if progress.best_saved_step is not None else set()
-        self._aside(
-            "save",
-            lambda: self.saver.save(
-                snapshot(progress.step, self.model.trained, self.stepper.named, self.stepper.optimizer, state),
-                pinned,
-                self.metrics.sync,
-            ),
-        )
-        self.saved_step = progress.step
+        if self._aside("save", lambda: self._copy_and_write(state, pinned)):
+            self.saved_step = progress.step
+        else:
+            progress.best_saved_loss, progress.best_saved_step = self.best_before
+
+    def _copy_and_write(self, state: dict[str, Any], pinned: set[int]) -> bool:
+        """False where there is no memory for the copy: that is told, and costs this save, not the run."""
+        stepper, step = self.stepper, self.progress.step
+        try:
+            shot = snapshot(step, self.model.trained, stepper.named, stepper.optimizer, state)
+        except (MemoryError, torch.OutOfMemoryError):
+            pass
+        except RuntimeError as error:  # what torch's own allocator on the host raises
+            if "allocate memory" not in str(error):
+                raise
+        else:
+            self.saver.save(shot, pinned, self.metrics.sync)
+            return True
+        self.saver.refuse(step, "there is not enough memory for a copy of the weights")
+        return False
 
     # -- ends
 
