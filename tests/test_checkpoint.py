@@ -200,3 +200,22 @@ def test_a_file_that_cannot_be_read_is_passed_over_like_a_damaged_one(tmp_path, 
     monkeypatch.setattr(checkpoint, "_sha256", bad_sector)
     found = checkpoint.newest_verified(tmp_path)
     assert found.step == 1 and "cannot be read: Input/output error" in found.passed_over[0][1]
+
+
+def test_a_left_over_that_cannot_be_removed_stands_in_the_way_of_no_save(tmp_path, monkeypatch):
+    """As on NFS, where a file that somebody has open comes back under another name."""
+    make(tmp_path, 1)
+    left = tmp_path / ".removed_step_00000009"
+    left.mkdir()
+    (left / ".nfs0001").write_bytes(b"")
+    unlink = os.unlink
+
+    def busy(path, *args, **kwargs):
+        if str(path).endswith(".nfs0001"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    make(tmp_path, 2)
+    make(tmp_path, 3)
+    assert [step for step, _ in checkpoint.listed(tmp_path)] == [3, 2, 1]

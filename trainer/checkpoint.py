@@ -95,7 +95,7 @@ def new_staging(checkpoints: Path, step: int) -> Path:
     make_private_dir(checkpoints)
     put_back(checkpoints)
     for left in [name for hidden in (STAGING, REPLACED, REMOVED) for name in _names(checkpoints, hidden)]:
-        shutil.rmtree(checkpoints / left)
+        shutil.rmtree(checkpoints / left, ignore_errors=True)  # what cannot go must not stand in the way of every save
     staging = checkpoints / f"{STAGING}{step:08d}"
     staging.mkdir(mode=0o700)
     return staging

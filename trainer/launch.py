@@ -29,7 +29,6 @@ from trainer.workspace import Workspace
 
 VERSIONED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 WEIGHTS = {".safetensors", ".bin"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from trainer import checkpoint
 from trainer.data.loader import assemble
 from trainer.data.packing import Plan
 from trainer.data.tokens import TokenCache
+from trainer.disk_need import file_size
 from trainer.events import EventLog
 from trainer.launch import Prompt
 from trainer.loop import optim
@@ -329,7 +330,7 @@ def checkpoint_round_trip(report: Report, bench: Bench, folder: Path) -> None:
         "checkpoint",
         "pass",
         f"Checkpoint saved and loaded: every tensor equal, the next step's loss the same ({first:.4f}).",
-        as_size(size),
+        file_size(size),
     )
 
 
@@ -413,14 +414,9 @@ def forecast(report: Report, bench: Bench, folder: Path) -> None:
     report.add(
         "disk",
         "pass" if enough else "problem",
-        f"Disk: checkpoints need up to {as_size(size)}, {as_size(free)} is free.",
-        as_size(size),
+        f"Disk: checkpoints need up to {file_size(size)}, {file_size(free)} is free.",
+        file_size(size),
     )
-
-
-def as_size(count_bytes: int) -> str:
-    """Bytes of files for a person: GB is 10^9."""
-    return f"{count_bytes / 1e9:.1f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.1f} MB"
 
 
 def report_size(bench: Bench, folder: Path) -> int:
