@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,3 +111,21 @@ def test_the_best_on_the_disk_stays_pinned_where_a_better_one_could_not_be_writt
     run = runs.new(workspace, config)
     assert runs.train(run, workspace, worker) == "finished", status(run).cause
     assert [step for step, _ in checkpoint.listed(run.checkpoints)] == [8, 2], "step 2 is the best that was written"
+
+
+def test_a_command_that_cannot_be_read_just_now_waits_and_takes_none_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("checkpoint", "stop"):
+        control.drop(tmp_path, command)
+    read, seen = control.read_json, []
+
+    def full_table(path: Path) -> Any:
+        seen.append(path)
+        if len(seen) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read(path)
+
+    monkeypatch.setattr(control, "read_json", full_table)
+    assert [order.command for order in control.take(tmp_path)] == ["checkpoint"]
+    assert [order.command for order in control.take(tmp_path)] == ["stop"]

@@ -45,6 +45,8 @@ def take(control: Path) -> list[Order]:
             order = Order(str(raw["command"]), str(raw.get("by", "")), dict(raw.get("args", {})))
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
+        except OSError:  # no descriptor is free, a bad sector: it waits, and takes none of the others with it
+            continue
         path.unlink(missing_ok=True)
         if order is not None and order.command in get_args(Command):
             orders.append(order)
