@@ -186,6 +186,27 @@ def test_the_queue_begins_when_runs_that_were_cut_off_have_had_their_turn(
     assert inspect.getsource(ui.process.serve).count("tend_queue") == 0, "the run that waits would take the device"
 
 
+def test_resuming_the_paused_run_lets_the_queue_go_on_and_no_other_hold_is_lifted(
+    engine: Engine, place: tuple[Path, Path]
+) -> None:
+    endless = runs.settings(*place, max_steps=5000, eval={"eval_strategy": "no"})
+    run_id = engine.start_run(endless, "me")
+    run = engine.workspace.run(run_id)
+    other = engine.enqueue_new(endless, "me")
+    queue = engine.workspace.queue
+    for by_hand in (False, True):
+        runs.wait_for(lambda: status(run).state == "running")
+        if by_hand:
+            queue.hold("lab-2")
+        control.drop(run.control, "pause", "me")
+        runs.wait_for(lambda: status(run).state == "paused" and engine.holder() is None)
+        assert queue.read().held_by == ("lab-2" if by_hand else "me")
+        engine.resume_run(run_id, "me")
+        assert queue.read().held_by == ("lab-2" if by_hand else "")
+    queue.remove(other)
+    control.drop(run.control, "stop-now", "me")
+
+
 def test_the_model_that_was_queued_is_the_one_that_is_trained(
     engine: Engine, place: tuple[Path, Path], tmp_path: Path
 ) -> None:

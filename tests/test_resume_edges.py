@@ -21,7 +21,7 @@ import torch
 from tests import runs
 from tests.lives import assert_same, curve, one_life
 from tests.tiny import CHATML, tiny_model_dir
-from trainer import checkpoint
+from trainer import checkpoint, clock
 from trainer.config import resolve
 from trainer.data.tokens import TokenCache, load_tokenizer
 from trainer.events import all_events
@@ -265,6 +265,7 @@ def test_a_run_resumed_on_the_next_day_trains_the_same_tokens(
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))  # so that it is put back
     exec(TOMORROW, {})
+    monkeypatch.setattr(clock, "_BEGAN", clock._BEGAN + DAY_S)  # this process counts on from when it began
     later = prompt_of(resolve({"profile": {"system_prompt": "{date}"}}), tmp_path).text
     with contextlib.closing(Worker()) as worker:
         ended = one_life(broken, here.workspace, worker)

@@ -110,7 +110,11 @@ class Engine:
         if ("resume-around" if around_rows else "resume") not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
         self._begin(run, now.name, owner, around_rows=around_rows, auto=auto)
-        self.workspace.queue.remove(run_id)
+        try:
+            self.workspace.queue.remove(run_id)
+            self.workspace.queue.release(resumed_run=run_id)
+        except Refusal as refusal:  # the run has begun all the same
+            console.say(f"The queue could not be told that the run goes on: {refusal.message}", sys.stderr)
 
     def enqueue_new(self, config: Config, owner: str, name: str = "", why: str = "") -> str:
         """Make a run and put it at the end of the queue; returns its id. Raises Refusal before anything is written."""
@@ -314,15 +318,15 @@ class Engine:
             if life.poisoned:
                 self.poisoned.set()
             if end == "paused":
-                self._hold_queue(life.signals.wish.by)
+                self._hold_queue(life)
 
         self._hand_over(_Task("train", work, lock, life.signals, life))
 
-    def _hold_queue(self, by: str) -> None:
+    def _hold_queue(self, life: Life) -> None:
         """After a pause: somebody wants the device for something else."""
         try:
             if self.workspace.queue.read().entries:
-                self.workspace.queue.hold(by)
+                self.workspace.queue.hold(life.signals.wish.by, life.run.run_id)
         except Refusal as refusal:  # a full disk, a damaged file: nothing that the engine must restart for
             console.say(f"The queue could not be held back after the pause: {refusal.message}", sys.stderr)
 

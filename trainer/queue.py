@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from trainer.files import read_json, write_json
 from trainer.locks import FileLock
@@ -31,10 +30,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Waitings:
-    """The whole queue as it is now: entries in order, and who holds it back ("" when it goes on by itself)."""
+    """The whole queue as it is now: entries in order, who holds it back ("" when it goes on by itself), and the paused run
+    for whose sake it does ("" where somebody held it by hand)."""
 
     entries: tuple[Waiting, ...] = ()
     held_by: str = ""
+    held_for: str = ""
 
     def place(self, run_id: str) -> int | None:
         """Where a run stands, 0 for the next; None when it does not wait."""
@@ -54,7 +55,7 @@ class Queue:
             entries = tuple(
                 Waiting(str(entry["run_id"]), str(entry["by"]), float(entry["added"])) for entry in raw["entries"]
             )
-            return Waitings(entries, str(raw["held_by"]))
+            return Waitings(entries, str(raw["held_by"]), str(raw.get("held_for", "")))
         except FileNotFoundError:
             return Waitings()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -89,15 +90,19 @@ class Queue:
                 entries.pop(at)
             return at is not None
 
-    def hold(self, by: str) -> None:
-        """Start nothing by itself until `release`; `by` says who wished it."""
+    def hold(self, by: str, paused_run: str = "") -> None:
+        """Start nothing by itself until `release`; `by` says who wished it, `paused_run` for which run's sake."""
         with self._locked():
-            self._write(self.read().entries, by or "somebody")
+            now = self.read()
+            if not now.held_by:
+                self._write(Waitings(now.entries, by or "somebody", paused_run))
 
-    def release(self) -> None:
-        """Go on by itself."""
+    def release(self, resumed_run: str | None = None) -> None:
+        """Go on by itself; with `resumed_run` only where the queue was held for the pause of that run."""
         with self._locked():
-            self._write(self.read().entries, "")
+            now = self.read()
+            if now.held_by and resumed_run in (None, now.held_for):
+                self._write(Waitings(now.entries))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Waitings, list[Waiting]]]:
@@ -106,7 +111,7 @@ class Queue:
             entries = list(now.entries)
             yield now, entries
             if tuple(entries) != now.entries:
-                self._write(tuple(entries), now.held_by)
+                self._write(replace(now, entries=tuple(entries)))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -118,8 +123,8 @@ class Queue:
         finally:
             lock.release()
 
-    def _write(self, entries: tuple[Waiting, ...], held_by: str) -> None:
-        content: dict[str, Any] = {"held_by": held_by, "entries": [asdict(entry) for entry in entries]}
+    def _write(self, waitings: Waitings) -> None:
+        content = asdict(waitings)
         try:
             write_json(self.path, content)
         except OSError as error:
