@@ -14,6 +14,7 @@ import os
 import queue
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -314,3 +315,6 @@ class House:
             if live:
                 self.tell("kill")
             self.engine.shutdown(30)
+            for thread in threading.enumerate():  # the doctor may still look at an upload
+                if thread.name.startswith("job-"):
+                    thread.join(WAIT_S)

@@ -119,18 +119,23 @@ def check_paths(config: Config) -> None:
 def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threads: int) -> dict[str, Any]:
     """What the run is made of, written once into its config.json."""
     model = Path(config.model_path)
-    packages = ("bitsandbytes",) if needs_bitsandbytes(config) else ()
     return {
         "config": without_secrets(config.model_dump(mode="json")),
         "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
         "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
         "data": {"files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]},
         "device": {"name": machine.device, "summary": machine.summary},
-        "versions": {name: importlib.metadata.version(name) for name in (*VERSIONED, *packages)},
+        "versions": versions(config),
         "threads": threads,
         "seed": config.data.seed,
         "owner": owner,
     }
+
+
+def versions(config: Config) -> dict[str, str]:
+    """The libraries that the curve of a run with these settings depends on, as they are installed here."""
+    packages = ("bitsandbytes",) if needs_bitsandbytes(config) else ()
+    return {name: importlib.metadata.version(name) for name in (*VERSIONED, *packages)}
 
 
 def approximations(config: dict[str, Any], on_gpu: bool) -> list[str]:

@@ -16,7 +16,7 @@ from trainer import checkpoint
 from trainer.data.packing import Plan, waste
 from trainer.events import EventLog, all_events
 from trainer.files import make_private_dir
-from trainer.launch import Prompt, fingerprint
+from trainer.launch import Prompt, fingerprint, versions
 from trainer.loop import optim, prepare
 from trainer.loop.sampler import Sampler
 from trainer.loop.save import Promoted, Saver, load_optimizer
@@ -243,11 +243,35 @@ def _take_up(
                 "of the curve would be another run's. Put it back, or start a new run from this checkpoint's model."
             )
     progress = restore(config, model, found.path)
+    _sane(progress, state, found)
+    for line in changed_versions(config, around.run.snapshot().get("versions", {})):
+        around.say(line)
     for name, why in found.passed_over:
         text = f"{name} was passed over: {why}. It is kept."
         around.events.append("alert", code="checkpoint", step=found.step, text=text)
     around.say(f"Resuming from step {found.step}.")
     return progress
+
+
+def _sane(progress: Progress, state: dict[str, Any], found: checkpoint.Found) -> None:
+    """Refuse a state whose step is not that of its folder: sealed or not, somebody has changed it."""
+    whole = all(type(number) is int for number in (progress.step, progress.packs_each, state.get("step")))
+    if not whole or not progress.step == state["step"] == found.step or progress.packs_each < 1:
+        raise Refusal(
+            f"Cannot resume: {found.path.name} says that it is of step {progress.step!r} with micro-batches of "
+            f"{progress.packs_each!r}. Its state was changed; move that folder away to resume from the one before."
+        )
+
+
+def changed_versions(config: Config, then: dict[str, str]) -> list[str]:
+    """A warning for each library that is not the one the run was started with."""
+    now = versions(config)
+    return [
+        f"Warning: {name} was {then[name]} and is now {version}. The run goes on; that it is the unbroken run's curve to the "
+        "last bit is no longer claimed."
+        for name, version in now.items()
+        if name in then and then[name] != version
+    ]
 
 
 def restore(config: Config, model: prepare.Model, directory: Path) -> Progress:
@@ -257,7 +281,10 @@ def restore(config: Config, model: prepare.Model, directory: Path) -> Progress:
     optim.restore(stepper.optimizer, stepper.named, load_optimizer(directory))
     if state.get("scaler"):
         stepper.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
+    try:
+        progress = Progress(**state["progress"])
+    except (TypeError, KeyError):
+        raise Refusal(f"{directory.name} cannot be resumed from: its state is not one that a run writes.") from None
     if progress.checkpointing and not config.hyperparams.use_gradient_checkpointing:
         recompute(model.loaded.model, config.hyperparams.gradient_checkpointing_policy)
     return progress
