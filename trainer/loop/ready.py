@@ -32,6 +32,11 @@ from trainer.worker import Worker
 
 # what must be the same for a resume to be the same run; everything else may change
 MUST_MATCH = ("token_key", "held_out", "plan", "seed", "threads", "processes", "model")
+# settings that make the curve and that none of these shows: nobody is offered to change them, but a file can be edited
+OF_THE_CURVE = (
+    "method", "learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "max_grad_norm", "optimizer",
+    "fp_precision", "master_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,8 @@ def _facts(around: Surroundings, config: Config, tokens: prepare.Tokens, plan: P
         "processes": around.team.size,
         "model": around.run.snapshot()["model"]["fingerprint"],
         "held_out": tokens.held_out.meta["key"],
+        **{key: getattr(config.hyperparams, key) for key in OF_THE_CURVE},
+        "lora": config.lora.model_dump(mode="json"),
     }
 
 
@@ -236,7 +243,8 @@ def _take_up(
     around: Surroundings, config: Config, model: prepare.Model, facts: dict[str, Any], found: checkpoint.Found
 ) -> Progress:
     state = checkpoint.read_state(found.path)
-    for key in MUST_MATCH:
+    # checkpoints of the first versions do not hold the settings
+    for key in (*MUST_MATCH, *(key for key in (*OF_THE_CURVE, "lora") if key in state["facts"])):
         if state["facts"].get(key) != facts[key]:
             raise Refusal(
                 f"Cannot resume: {key.replace('_', ' ')} was {state['facts'].get(key)} and is now {facts[key]}; the rest "
