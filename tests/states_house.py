@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ class House:
         self.root = Path(tempfile.mkdtemp(prefix="states-"))
         self.workspace = Workspace(self.root / "ws").create()
         self.gate = Gate()
-        self.loop = asyncio.Runner()
+        # a thread of its own: a browser that an earlier test opened keeps a loop running in this one
+        self.asking = ThreadPoolExecutor(1)
         self.worker: Any = Worker() if real else NoWorker()
         self.patches = contextlib.ExitStack()
         self._patch()
@@ -248,7 +250,7 @@ class House:
             async with httpx.AsyncClient(transport=self.doors[user], base_url="http://localhost") as client:
                 return await client.request(method, path, timeout=WAIT_S, **body)
 
-        reply = self.loop.run(once())
+        reply = self.asking.submit(asyncio.run, once()).result()
         return reply.status_code, reply.json()
 
     def command_line(self, *words: str) -> int:
@@ -306,7 +308,7 @@ class House:
             yield
         finally:
             self.patches.close()
-            self.loop.close()
+            self.asking.shutdown()
             shutil.rmtree(self.root, ignore_errors=True)
 
     def close(self, live: bool) -> None:

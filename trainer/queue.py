@@ -94,7 +94,7 @@ class Queue:
         """Start nothing by itself until `release`; `by` says who wished it, `paused_run` for which run's sake."""
         with self._locked():
             now = self.read()
-            if not now.held_by:
+            if not (paused_run and now.held_by):  # a hold by hand outlives the pause of a run
                 self._write(Waitings(now.entries, by or "somebody", paused_run))
 
     def release(self, resumed_run: str | None = None) -> None:
