@@ -15,6 +15,9 @@ from benchmarks.training.figures import Timed, model_flops, peak_tflops, ratios
 from benchmarks.training.suites import HF, MIXED, OURS, OURS_PACKED, SHAPES, TRL, Suite, suite
 from benchmarks.training.table import text
 
+# the peers come with the extra [bench]; the product itself needs none of them
+pytest.importorskip("trl")
+
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Bench:

@@ -448,6 +448,7 @@ def test_a_driver_that_raises_is_not_measured_and_its_gpu_is_not_forgotten(
     assert set(nvml.reading(0).values()) == {None} and len(nvml.gpus()) == 1
     telemetry = Telemetry(tmp_path / "t.bin", None, 0, every_s=0.02)
     telemetry.start()
-    runs.wait_for(lambda: (tmp_path / "t.bin").stat().st_size >= 3 * RECORD.itemsize)
+    written = tmp_path / "t.bin"
+    runs.wait_for(lambda: written.exists() and written.stat().st_size >= 3 * RECORD.itemsize)
     telemetry.stop()
     assert len(COLUMNS) == len(RECORD.names or ()) and np.isnan(telemetry.latest["utilisation"])

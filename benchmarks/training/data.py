@@ -85,6 +85,8 @@ def write_rows(case: Case, path: Path) -> Path:
     np.save(path / "ids.npy", ids)
     np.save(path / "labels.npy", np.concatenate(marks))
     np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(path / "pieces.npy", np.full(len(lengths), -1, np.int64))
+    np.save(path / "cut.npy", np.zeros(len(lengths), np.int64))
     np.save(path / "source.npy", source.astype(np.int64))
     labels = sum(int(mark.sum()) for mark in marks)
     meta = {"rows": len(lengths), "tokens": tokens, "labels": labels, "key": case.data, "chat_template": ""}
