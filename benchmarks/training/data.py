@@ -89,7 +89,15 @@ def write_rows(case: Case, path: Path) -> Path:
     np.save(path / "cut.npy", np.zeros(len(lengths), np.int64))
     np.save(path / "source.npy", source.astype(np.int64))
     labels = sum(int(mark.sum()) for mark in marks)
-    meta = {"rows": len(lengths), "tokens": tokens, "labels": labels, "key": case.data, "chat_template": ""}
+    meta = {
+        "rows": len(lengths),
+        "tokens": tokens,
+        "labels": labels,
+        "largest_id": int(ids.max()),
+        "key": case.data,
+        "chat_template": "",
+        "files": [{"path": "rows.jsonl"}],
+    }
     (path / "cache.json").write_text(json.dumps(meta))
     return path
 

@@ -17,6 +17,7 @@ from trainer.loop.save import Saver
 from trainer.loop.train import Training
 from trainer.machine import machine
 from trainer.metrics import read_records
+from trainer.rewind import Rewinds
 from trainer.run import create_run
 from trainer.schema import Config
 from trainer.signals import Signals
@@ -72,7 +73,7 @@ def train(work: Work, clock: Clock, peak: Peak) -> Trained:
     saver = Saver(run.checkpoints, events, model.trained, model.tokenizer, model.loaded.base_path, 1)
     h = config.hyperparams
     progress = Progress(packs_each=h.batch_size, checkpointing=h.use_gradient_checkpointing)
-    ready = Ready(tokens, work.plan, model, saver, None, [], progress, work.plan.total_steps, {})
+    ready = Ready(tokens, work.plan, model, saver, None, [], progress, work.plan.total_steps, {}, Rewinds())
     telemetry.start()
     model.loaded.attention.calls.clear()
     peak.start()
