@@ -329,14 +329,17 @@ def test_on_a_phone_nothing_is_cut_off_and_the_actions_stay_under_the_thumb(
 
 def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: RunningApp, made: MadeRun) -> None:
     made.events.append("alert", code="spike", step=20, text="spike")
+    made.events.append("bad_row", step=21, row=7, file="a.jsonl", line=8, text="Left out of step 21: a.jsonl, line 8")
     seen = json.dumps({made.run_id: {"at": time.time() - 3600, "step": 10, "loss": 2}})
     page.add_init_script(f"localStorage.setItem('signalbox.seen', {json.dumps(seen)})")
     open_board(page, app, made.run_id, 30)
     line = page.locator(".sb-live-back")
     line.wait_for()
     assert re.fullmatch(
-        r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 1 alert\.", line.inner_text()
+        r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 2 alerts\.", line.inner_text()
     )
+    assert "Left out of step 21: a.jsonl, line 8" in page.locator(".sb-live-alarms").inner_text()
+    assert "a.jsonl line 8 left out from 21 on" in page.locator(".sb-live-events").inner_text()
 
 
 def test_preparing_shows_its_steps_with_figures_and_draws_memory_already(

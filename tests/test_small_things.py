@@ -1,5 +1,5 @@
 """Small things that ruin nights, each with the real thing: clocks, descriptors, pipes, slow and closed disks, lost folders, a
-damaged row, a driver that hangs."""
+driver that hangs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ from tests.conftest import ROOT
 from tests.tiny import tiny_model_dir
 from trainer import alone, checkpoint, clock
 from trainer import machine as machine_module
-from trainer.data.loader import BadRow
-from trainer.data.tokens import TokenCache
 from trainer.engine import Engine
 from trainer.events import all_events
 from trainer.machine import Nvml, machine
-from trainer.metrics import MetricsWriter, read_metrics, read_rows
+from trainer.metrics import MetricsWriter, read_metrics
 from trainer.refusal import Refusal
 from trainer.run import RunDir, _begin_of_life, create_run, status
 from trainer.session import open_life, train_to_end
@@ -316,54 +314,6 @@ def test_a_model_folder_removed_in_mid_run_ends_nothing_and_a_resume_says_what_i
     )
     os.rename(tmp_path / "elsewhere", model)
     assert runs.train(run, workspace, worker) == "finished"
-
-
-# -- a damaged row
-
-
-def test_a_damaged_row_stops_the_run_by_name_with_all_before_it_saved(
-    workspace: Workspace, sources: Any, worker: Worker
-) -> None:
-    config = runs.settings(*sources, max_steps=8, eval=OFF)
-    straight = runs.new(workspace, config)
-    assert runs.train(straight, workspace, worker) == "finished"
-    folder = next(workspace.tokens.glob("*/cache.json")).parent
-    cache = TokenCache.open(folder)
-    row = max((row for row, _, _ in read_rows(straight.rows, 5)), key=lambda row: cache.lengths[row])
-    ids = np.load(folder / "ids.npy", mmap_mode="r+")
-    ids[cache.offsets[row] + 3] = 70_000
-    ids.flush()
-    run = runs.new(workspace, config)
-    assert runs.train(run, workspace, worker) == "failed"
-    cause = status(run).cause or ""
-    assert (
-        f"Row {row:,} (rows.jsonl, line {row + 1:,}) stopped step 5: its token 70,000 is none of the model's" in cause
-    )
-    assert folder.name in cause and "resume" in cause
-    assert checkpoint.newest_verified(run.checkpoints).step == 4
-    shutil.rmtree(folder)
-    assert runs.train(run, workspace, worker) == "finished", "what the sentence advises"
-    assert read_metrics(run.metrics)["loss"].tolist() == read_metrics(straight.metrics)["loss"].tolist()
-
-
-@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), IndexError("index 9 is out of bounds")])
-def test_a_row_that_cannot_be_read_is_named_too_also_when_it_is_held_out(
-    workspace: Workspace, sources: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
-    real = TokenCache.ids
-    run = runs.new(workspace, runs.settings(*sources, max_steps=4))
-    seen: list[int] = []
-
-    def ids(cache: TokenCache, row: int) -> np.ndarray:
-        if status(run).phase == "eval":
-            seen.append(row)
-            raise fault
-        return real(cache, row)
-
-    monkeypatch.setattr(TokenCache, "ids", ids)
-    assert runs.train(run, workspace, worker) == "failed"
-    assert f"Row {seen[0]:,} (rows.jsonl, line {seen[0] + 1:,})" in (status(run).cause or "")
-    assert "cannot be read" in (status(run).cause or "") and BadRow(1, "x").row == 1
 
 
 # -- a driver that hangs, lies or leaves

@@ -95,6 +95,8 @@ def message_of(now: Status, detail: str = "") -> Message | None:
         parts.append(f"Loss {now.loss:.3f}.")
     if now.best_held_out is not None:
         parts.append(f"Best held-out loss {now.best_held_out:.3f} at step {now.best_step:,}.")
+    if now.rows_left_out:
+        parts.append(f"{now.rows_left_out:,} bad row{' was' if now.rows_left_out == 1 else 's were'} left out.")
     safe = now.last_checkpoint_step
     parts.append(f"Safe: step {safe:,}." if safe is not None else "Nothing was saved.")
     text = " ".join([*parts, detail]).strip()

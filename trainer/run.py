@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer import clock, locks
+from trainer import bad_rows, clock, locks
+from trainer.bad_rows import LeftOut
 from trainer.events import read_events
 from trainer.files import make_private_dir, read_json, write_json
 from trainer.metrics import RECORD, read_records
@@ -155,6 +156,7 @@ class Status:
     last_checkpoint_step: int | None = None
     gen: int = 0
     steps_per_epoch: int | None = None
+    rows_left_out: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """All fields, for `status --json`."""
@@ -169,6 +171,7 @@ class StatusReader:
         self._cursor = 0
         self._last: str | None = None
         self._life_began: float | None = None
+        self._left_out = LeftOut()
         self._status = Status(run.run_id, "queued")
         self._from_snapshot()
 
@@ -235,6 +238,9 @@ class StatusReader:
                 event.get("total_steps"),
                 event.get("steps_per_epoch"),
             )
+        elif kind == bad_rows.KIND:
+            self._left_out.add(int(event["row"]), int(event["step"]), held_out=bool(event.get("held_out")))
+            status.rows_left_out = self._left_out.count
         elif kind == "eval":
             status.held_out_loss = _number(event.get("loss"))
             if event.get("best"):

@@ -70,6 +70,12 @@ class DataSettings(Section):
         "Conversations over the maximum length: cut, drop, or refuse. Plain text is split, never cut.",
         "What",
     )
+    bad_row: Literal["stop", "skip"] = setting(
+        "stop",
+        "If a row turns bad",
+        "In mid-run: stop and name it, or leave it out from there on, marked as an alert.",
+        "What",
+    )
     chat_template: Literal["model", "chatml"] = setting(
         "model", "Chat template", "The model's own, or plain ChatML for models that have none.", "What"
     )

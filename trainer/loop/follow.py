@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint
+from trainer.bad_rows import LeftOut
 from trainer.data.tokens import TokenCache
 from trainer.loop import prepare
-from trainer.loop.evaluate import held_out_loss
+from trainer.loop.evaluate import groups_without, held_out_loss
 from trainer.loop.ready import restore
 from trainer.loop.team import Team, Word
 from trainer.machine import Machine
@@ -45,19 +46,29 @@ def follow(team: Team, machine: Machine) -> None:
     )
     if found is not None:
         restore(config, model, found)
-    _obey(team, config, tokens, model, device, frozenset(told["skip"]))
+    trained, held = told["left_out"]
+    left_out = LeftOut(dict(trained), dict(held))
+    _obey(team, config, tokens, model, device, frozenset(told["skip"]), left_out)
 
 
 def _obey(
-    team: Team, config: Config, tokens: prepare.Tokens, model: prepare.Model, device: str, skip: frozenset[int]
+    team: Team,
+    config: Config,
+    tokens: prepare.Tokens,
+    model: prepare.Model,
+    device: str,
+    skip: frozenset[int],
+    left_out: LeftOut,
 ) -> None:
     plan = prepare.plan_of(config, tokens)
     groups = prepare.held_out_groups(config, tokens)
     while (order := team.hear()).word is not Word.END:
         if order.word is Word.STEP:
-            micro_rows = plan.micro_batches(order.step, order.packs_each, without=skip)
+            micro_rows = plan.micro_batches(order.step, order.packs_each, without=skip | left_out.at(order.step))
             model.stepper.step(order.step, micro_rows, tokens.cache, order.rate)
+        elif order.word is Word.HELD_OUT:
+            now = groups_without(groups, left_out.held_out_at(order.step))
+            path = model.choice.path
+            held_out_loss(model.loaded.model, model.trained, tokens.held_out, now, path, device, team=team)
         else:
-            held_out_loss(
-                model.loaded.model, model.trained, tokens.held_out, groups, model.choice.path, device, team=team
-            )
+            left_out.add(order.row, order.step, held_out=order.word is Word.BAD_HELD_OUT)

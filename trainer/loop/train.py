@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from trainer import checkpoint
+from trainer import bad_rows, checkpoint
 from trainer.data.loader import BadRow, read_row
 from trainer.data.tokens import TokenCache
 from trainer.loop import shortage
 from trainer.loop.curve import Curve
 from trainer.loop.diverged import cause_of
-from trainer.loop.evaluate import held_out_loss
+from trainer.loop.evaluate import groups_without, held_out_loss
 from trainer.loop.ready import Ready, Surroundings
 from trainer.loop.saves import Saves
 from trainer.loop.schedule import learning_rate
@@ -89,30 +91,29 @@ class Training:
     def _one_step(self) -> bool:
         """Take the next step; False when a stop left it half done or it has to be played again smaller."""
         number = self.progress.step + 1
-        h = self.config.hyperparams
-        rate = learning_rate(
-            number,
-            peak=h.learning_rate,
-            warmup_steps=h.warmup_steps,
-            total_steps=self.plan.total_steps,
-            schedule=h.lr_schedule,
-        )
-        rate *= self.ready.rewinds.rate_factor
+        rate = self._rate(number)
         record = None
-        out_of_memory = False
+        out_of_memory = ordered = False
         team = self.around.team
         packs_each = self.plan.packs_each(number, self.progress.packs_each, team.size)
+        without = self.ready.rewinds.skip | self.ready.left_out.at(number)
         try:
-            groups = self.plan.micro_batches(number, packs_each, without=self.ready.rewinds.skip)
-            if not groups:  # every row of it is skipped since a rewind: a step of nothing leaves no record
+            groups = self.plan.micro_batches(number, packs_each, without=without)
+            if not groups:  # all of its rows are skipped since a rewind, or bad: a step of nothing leaves no record
                 self.progress.step = number
                 return True
+            if team.size > 1:  # once ordered, the others are inside the step and wait for this one
+                self._look_at(groups, self.tokens.cache)
             team.order(Order(Word.STEP, number, packs_each, rate))
+            ordered = team.size > 1
             # the others of a team are inside the step by now and would wait for this one's gradients
             interrupt = self.around.signals.now if team.size == 1 else None
             record = self.stepper.step(number, groups, self.tokens.cache, rate, interrupt)
         except BadRow as bad:
-            raise self._refuse_row(bad, self.tokens.cache) from None
+            if ordered:  # it turned bad since it was looked at; the others are in the step, with or without it
+                raise self._refuse_row(bad, self.tokens.cache) from None
+            self._leave_out(bad, held_out=False)
+            return False
         except torch.OutOfMemoryError:
             out_of_memory = True  # the frames, and the tensors in them, are gone only after this block is left
         except UpdateOutOfMemory:
@@ -127,14 +128,52 @@ class Training:
         self.progress.step = number
         return True
 
+    def _rate(self, step: int) -> float:
+        h = self.config.hyperparams
+        planned = learning_rate(
+            step,
+            peak=h.learning_rate,
+            warmup_steps=h.warmup_steps,
+            total_steps=self.plan.total_steps,
+            schedule=h.lr_schedule,
+        )
+        return planned * self.ready.rewinds.rate_factor
+
+    def _look_at(self, groups: list[np.ndarray], cache: TokenCache) -> None:
+        """Raise BadRow for the first row that cannot be trained or measured."""
+        for group in groups:
+            for row in group:
+                read_row(cache, int(row), self.stepper.vocabulary)
+
+    def _leave_out(self, bad: BadRow, *, held_out: bool) -> None:
+        """Go on without a bad row, if the settings say so and it is not one of too many; else raise Refusal."""
+        left_out, team = self.ready.left_out, self.around.team
+        cache = self.tokens.held_out if held_out else self.tokens.cache
+        step = self.progress.step + (not held_out)
+        left_out.add(bad.row, step, held_out=held_out)
+        if self.config.data.bad_row == "stop" or left_out.too_many(len(cache.lengths)):
+            raise self._refuse_row(bad, cache)
+        place = cache.place_words(bad.row)
+        text = bad_rows.sentence(place, bad.reason, step, left_out, held_out=held_out)
+        file, line, *_ = cache.place(bad.row)
+        name = Path(cache.meta["files"][file]["path"]).name
+        # on the disk before anything is trained without it: a later life must leave out the same
+        self.around.events.append(
+            bad_rows.KIND, step=step, row=bad.row, file=name, line=line, held_out=held_out, cause=bad.reason, text=text
+        )
+        self.around.say(text)
+        team.order(Order(Word.BAD_HELD_OUT if held_out else Word.BAD_ROW, step, row=bad.row))
+
     def _refuse_row(self, bad: BadRow, cache: TokenCache) -> Refusal:
         """Save what is trained so far, and say which row stopped the run and what mends it."""
         self.curve.arrivals(0)
         if self.progress.step and self.curve.diverged is None:
             self.saves.save()
         self.saver.wait()
+        before = self.ready.left_out.count - 1
+        many = f"{before:,} bad rows were left out before, and more are no accident. " if before > 0 else ""
         return Refusal(
-            f"Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. "
+            f"{many}Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. "
             f"The token cache {cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again.",
             "data.dataset_path",
         )
@@ -172,7 +211,7 @@ class Training:
     def _check_due(self) -> bool:
         """Whether held-out loss is measured at the step reached: before the first, where the settings say, at the end."""
         step, settings = self.progress.step, self.config.eval
-        if not self.ready.held_out_groups:
+        if not self._held_out_groups():
             return False
         if step in (0, self.plan.total_steps):
             return True
@@ -194,7 +233,6 @@ class Training:
         """Measure held-out loss; True when it was measured (and not left for a stop)."""
         if self.curve.diverged is not None:
             return False
-        self.around.team.order(Order(Word.HELD_OUT))
         loss = self.curve.aside("eval", self._held_out_loss)
         if loss is None:
             return False
@@ -205,25 +243,39 @@ class Training:
             progress.best_loss, progress.best_step, progress.checks_without_better = loss, progress.step, 0
         else:
             progress.checks_without_better += 1
-        self.around.events.append("eval", step=progress.step, loss=loss, rows=len(self.plan.held_out), best=best)
+        self.around.events.append(
+            "eval", step=progress.step, loss=loss, rows=sum(map(len, self._held_out_groups())), best=best
+        )
         if best and self.config.hyperparams.early_stopping_patience and progress.step:
             self.saves.save()  # the best weights must exist when the run stops for want of better ones
         return True
 
+    def _held_out_groups(self) -> list[np.ndarray]:
+        """The rows that are measured now."""
+        return groups_without(self.ready.held_out_groups, self.ready.left_out.held_out_at(self.progress.step))
+
+    def _readable_held_out(self) -> bool:
+        """Leave out held-out rows that turned bad, or raise Refusal; False when none is left to be measured."""
+        while groups := self._held_out_groups():
+            try:
+                self._look_at(groups, self.tokens.held_out)
+            except BadRow as bad:
+                self._leave_out(bad, held_out=True)
+            else:
+                return True
+        return False
+
     def _held_out_loss(self) -> float | None:
-        try:
-            for group in self.ready.held_out_groups:
-                for row in group:
-                    read_row(self.tokens.held_out, int(row), self.stepper.vocabulary)
-        except BadRow as bad:
-            raise self._refuse_row(bad, self.tokens.held_out) from None
+        if not self._readable_held_out():
+            return None
+        self.around.team.order(Order(Word.HELD_OUT, self.progress.step))
         while True:
             try:
                 return held_out_loss(
                     self.model.loaded.model,
                     self.model.trained,
                     self.tokens.held_out,
-                    self.ready.held_out_groups,
+                    self._held_out_groups(),
                     self.model.choice.path,
                     self.around.device,
                     self.around.signals.interrupt,
