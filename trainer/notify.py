@@ -27,7 +27,7 @@ from trainer.refusal import Refusal
 from trainer.run import Status
 from trainer.setting import host_of
 
-Kind = Literal["ended", "failed", "stalled", "link", "test"]
+Kind = Literal["ended", "failed", "stalled", "unsaved", "link", "test"]
 Service = Literal["slack", "discord", "ntfy", "json"]
 TIMEOUT_S = 10.0
 RETRY_AFTER_S = (2.0, 10.0)
@@ -41,6 +41,7 @@ _TAGS: dict[Kind, tuple[str, str]] = {  # ntfy: an emoji's short name, and a pri
     "ended": ("white_check_mark", "3"),
     "failed": ("x", "4"),
     "stalled": ("warning", "4"),
+    "unsaved": ("floppy_disk", "4"),
     "link": ("link", "3"),
     "test": ("bell", "3"),
 }
@@ -108,6 +109,12 @@ def stalled_message(now: Status, sentence: str) -> Message:
     name = now.name or now.run_id
     title = f"{name} stands still"
     return Message("stalled", title, sentence, now.run_id, now.state, now.current_step, now.total_steps, clock.now())
+
+
+def unsaved_message(now: Status, sentence: str) -> Message:
+    """A run goes on and cannot be saved; `sentence` holds why and what is safe."""
+    title = f"{now.name or now.run_id} cannot be saved"
+    return Message("unsaved", title, sentence, now.run_id, now.state, now.current_step, now.total_steps, clock.now())
 
 
 def link_message(link: str, why: str) -> Message:

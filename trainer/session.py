@@ -23,7 +23,7 @@ from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
-from trainer.notify import Message, Notifier, message_of
+from trainer.notify import Message, Notifier, message_of, unsaved_message
 from trainer.recovery import SHUTDOWN, trainer_note
 from trainer.refusal import Refusal
 from trainer.rewind import go_around, note_memory, rewind
@@ -130,7 +130,9 @@ def train_to_end(
         stall = StallWatch(life.run, life.events, telemetry, tell)
         stall.start()
         unwind.callback(stall.stop)
-        kind, fields = _attempt(life, workspace, worker, machine, telemetry, say, team)
+        kind, fields = _attempt(
+            life, workspace, worker, machine, telemetry, say, team, lambda text: _tell_unsaved(life.run, tell, text)
+        )
         if kind == "stopped" and fields.get("by") == SHUTDOWN:
             fields["boot"] = boot_id()
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
@@ -145,6 +147,13 @@ def train_to_end(
             )
         _tell_end(life.run, tell)
         return kind
+
+
+def _tell_unsaved(run: RunDir, tell: Callable[[Message | None], None], text: str) -> None:
+    try:
+        tell(unsaved_message(status(run), text))
+    except (OSError, ValueError):
+        pass  # files that cannot be read just now; the alert stands in the run
 
 
 def _tell_end(run: RunDir, tell: Callable[[Message | None], None]) -> None:
@@ -162,11 +171,12 @@ def _attempt(
     telemetry: Telemetry,
     say: Callable[[str], None],
     team: Team | None,
+    tell: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Run the loop; whatever is raised becomes ("failed", cause), with no frame and no tensor kept alive."""
     fields: dict[str, Any] = {}
     try:
-        kind, fields = _run(life, workspace, worker, machine, telemetry, say, team)
+        kind, fields = _run(life, workspace, worker, machine, telemetry, say, team, tell)
     except Refusal as refusal:
         kind, fields = "failed", {"cause": refusal.message, "field": refusal.field}
         traceback.clear_frames(refusal.__traceback__)
@@ -189,6 +199,7 @@ def _run(
     telemetry: Telemetry,
     say: Callable[[str], None],
     team: Team | None,
+    tell: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     import torch
 
@@ -218,6 +229,7 @@ def _run(
         say,
         team or ALONE,
         lambda: workspace.current.standing(life.run.run_id),
+        tell,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()

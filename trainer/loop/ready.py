@@ -58,6 +58,7 @@ class Surroundings:
     say: Callable[[str], None]
     team: Team = ALONE
     promoted: Promoted = lambda: nullcontext(set())
+    tell: Callable[[str], None] = lambda text: None  # the run's webhook, of something that needs a look
 
 
 @dataclass

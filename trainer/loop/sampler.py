@@ -85,7 +85,7 @@ def default_questions(
     # the paths as they are now: the cache may have been made from another copy of the same bytes
     own = config.data.validation_dataset_path
     files = [own] if own and cache is not tokens.cache else [file.path for file in config.data.files]
-    found = []
+    found: list[Question] = []
     for row in rows:
         if len(found) == count:
             break

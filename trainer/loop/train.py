@@ -167,14 +167,19 @@ class Training:
     def _refuse_row(self, bad: BadRow, cache: TokenCache) -> Refusal:
         """Save what is trained so far, and say which row stopped the run and what mends it."""
         self.curve.arrivals(0)
-        if self.progress.step and self.curve.diverged is None:
-            self.saves.save()
-        self.saver.wait()
+        unsaved = ""
+        try:
+            if self.progress.step and self.curve.diverged is None:
+                self.saves.save(last=True)
+            self.saver.wait()
+        except Refusal as refusal:
+            unsaved = f" {refusal.message}"
         before = self.ready.left_out.count - 1
         many = f"{before:,} bad rows were left out before, and more are no accident. " if before > 0 else ""
         return Refusal(
             f"{many}Row {bad.row:,} ({cache.place_words(bad.row)}) stopped step {self.progress.step + 1}: {bad.reason}. "
-            f"The token cache {cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again.",
+            f"The token cache {cache.path.name} is damaged. Delete that folder in cache/tokens and resume: it is made again."
+            + unsaved,
             "data.dataset_path",
         )
 
@@ -200,12 +205,13 @@ class Training:
             sampler = self.sampler
             self.curve.aside("sample", lambda: sampler.write(step))
         self.saves.watch_disk()
+        self.saves.look()
         asked = self.around.signals.save_asked.is_set()
         if not last and (asked or config.output.save_steps and step % config.output.save_steps == 0):
             self.around.signals.save_asked.clear()
             self.curve.arrivals(0)
             if self.curve.diverged is None:
-                self.saves.save()
+                self.saves.save(asked=asked)
         return None
 
     def _check_due(self) -> bool:
@@ -293,9 +299,10 @@ class Training:
         self.curve.arrivals(0)
         if self.curve.diverged is not None:
             return self._diverged()
-        if self.progress.step and not fields.get("now"):
-            self.saves.save()
-        self.saver.wait()
+        if fields.get("now"):
+            self.saver.join()  # what could not be saved before was told then, and nothing is to be saved now
+        else:
+            self._save_last(fields.get("by", ""))
         step = self.saver.whole_step  # the newest on the disk may be a damaged one that was passed over
         folder = checkpoint.directory_of(self.around.run.checkpoints, step) if step is not None else None
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder else None
@@ -305,6 +312,18 @@ class Training:
             "save_s": self.saver.last_seconds,
         }
         return Outcome(kind, self.progress.step, fields)
+
+    def _save_last(self, by: str) -> None:
+        """Save the step reached and wait for it; Refusal when it cannot be, which names who waits for it."""
+        try:
+            if self.progress.step:
+                self.saves.save(last=True)
+            self.saver.wait()
+        except Refusal as refusal:
+            word = "pause" if self.around.signals.wish.end == "pause" else "stop"
+            asked = f"A {word} was asked by {by}, but what was to be saved is not. " if by else ""
+            raise Refusal(asked + refusal.message) from None
+        self.saves.look()
 
     def _diverged(self) -> Outcome:
         assert self.curve.diverged is not None
