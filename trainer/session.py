@@ -31,6 +31,7 @@ from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.signals import ControlWatch, Signals
 from trainer.stall import StallWatch
+from trainer.states import LIFECYCLE, State, derive
 from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 from trainer.workspace import Workspace
@@ -69,29 +70,43 @@ class Life:
         self.lock.release()
 
 
-def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False, auto: bool = False) -> Life:
+def open_life(
+    run: RunDir,
+    owner: str,
+    *,
+    resumed: bool,
+    around_rows: bool = False,
+    auto: bool = False,
+    may: Callable[[State], bool] = lambda state: True,
+) -> Life:
     """Take the run's lock and write its first event; Refusal when another process trains it.
 
     `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate. `auto` says that the run goes
-    on by itself: nobody asked for this life.
+    on by itself: nobody asked for this life. `may` says whether the run's state, looked at under the lock, allows it:
+    between a look without the lock and this one another process may have trained the run to its end.
     """
-    lock = locks.FileLock(run.lock)
+    lock, events = locks.FileLock(run.lock), None
     try:
         if not lock.acquire({"owner": owner, **trainer_note()}):
             raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
-        control.clear(run.control)  # a stop left for an earlier life must not end this one
         past = list(all_events(run.events))
+        state = derive(False, next((event["kind"] for event in reversed(past) if event["kind"] in LIFECYCLE), None))
+        if not may(state):
+            raise Refusal(f"This run is {state} by now, since another process was faster. Nothing was changed.")
+        control.clear(run.control)  # a stop left for an earlier life must not end this one
         lives = sum(event["kind"] in ("started", "resumed", "rewind") for event in past)
         events = EventLog(run.events)
         by_itself = {"auto": True} if auto else {}
         events.append("resumed" if resumed else "started", owner=owner, life=lives + 1, **by_itself)
         if around_rows:
             lives += go_around(run, events, past)
-    except OSError as error:
+    except BaseException as error:
+        if events is not None:
+            events.close()
         lock.release()
-        raise Refusal(f"The run's folder cannot be written: {error.strerror or error}. Nothing was started.") from None
-    except BaseException:
-        lock.release()
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise Refusal(f"The run's folder cannot be written: {why}. Nothing was started.") from None
         raise
     return Life(run, events, Signals(), lock, lives + 1)
 

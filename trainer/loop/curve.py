@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Curve:
     def expect(self, record: StepRecord) -> None:
         """Take in a step that was computed; its values may still be on their way."""
         self._waiting.append(record)
+
+    def nothing(self, step: int) -> None:
+        """Note a step that has no row to train."""
+        with suppress(OSError):  # a full disk: the step may show what an earlier life recorded for it
+            self.metrics.nothing(step, clock.now(), self._progress.elapsed_s)
 
     def arrivals(self, leave: int) -> None:
         """Write the metrics of steps whose values have arrived; wait while more than `leave` are still on their way."""

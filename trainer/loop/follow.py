@@ -11,18 +11,24 @@ import torch
 
 from trainer import checkpoint
 from trainer.bad_rows import LeftOut
+from trainer.data.loader import BadRow
 from trainer.data.tokens import TokenCache
 from trainer.loop import prepare
 from trainer.loop.evaluate import groups_without, held_out_loss
 from trainer.loop.ready import restore
+from trainer.loop.step import UpdateOutOfMemory
 from trainer.loop.team import Team, Word
 from trainer.machine import Machine
+from trainer.refusal import Refusal
 from trainer.run import RunDir
 from trainer.schema import Config
 
 
 def follow(team: Team, machine: Machine) -> None:
-    """Help the leader of `team` until it gives no more orders. Raises Refusal (Lost) when it is gone in mid-step."""
+    """Help the leader of `team` until it gives no more orders.
+
+    Raises Refusal when the leader is gone in mid-step (Lost), when a row cannot be read here, and when memory runs out.
+    """
     told = team.hear_facts()
     if told is None:
         return
@@ -48,7 +54,15 @@ def follow(team: Team, machine: Machine) -> None:
         restore(config, model, found)
     trained, held = told["left_out"]
     left_out = LeftOut(dict(trained), dict(held))
-    _obey(team, config, tokens, model, device, frozenset(told["skip"]), left_out)
+    try:
+        _obey(team, config, tokens, model, device, frozenset(told["skip"]), left_out)
+    except BadRow as bad:
+        raise Refusal(f"Process {team.rank} stopped: {cache.place_words(bad.row)} is bad, {bad.reason}.") from None
+    except (torch.OutOfMemoryError, UpdateOutOfMemory):
+        raise Refusal(
+            f"Process {team.rank} ran out of memory. Resume with a smaller hyperparams.batch_size and more "
+            "hyperparams.gradient_accumulation."
+        ) from None
 
 
 def _obey(

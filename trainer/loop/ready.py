@@ -218,6 +218,7 @@ def _announce(around: Surroundings, config: Config, tokens: prepare.Tokens, plan
         held_out_rows=len(plan.held_out),
         rows_per_step=h.rows_per_step,
         waste=lost,
+        processes=around.team.size,
     )
     if config.eval.eval_strategy != "no" and config.data.validation_split > 0 and not len(plan.held_out):
         around.say("Nothing is held out, since there is only one row: there will be no held-out loss.")

@@ -100,6 +100,7 @@ class Training:
         try:
             groups = self.plan.micro_batches(number, packs_each, without=without)
             if not groups:  # all of its rows are skipped since a rewind, or bad: a step of nothing leaves no record
+                self.curve.nothing(number)
                 self.progress.step = number
                 return True
             if team.size > 1:  # once ordered, the others are inside the step and wait for this one
