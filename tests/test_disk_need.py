@@ -1,4 +1,4 @@
-"""The disk that a run's checkpoints need: the figure is that of a real run, and Start and the last save refuse with both figures."""
+"""The disk that checkpoints need: the figure is that of a real run, and Start and the last save refuse with both figures."""
 
 from __future__ import annotations
 
