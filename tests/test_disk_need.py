@@ -1,4 +1,4 @@
-"""The disk that a run's checkpoints need: the figure is that of a real run, and Start and each save refuse with both figures."""
+"""The disk that checkpoints need: the figure is that of a real run, and Start and the last save refuse with both figures."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_command_line_refuses_with_exit_2_and_makes_no_folder(
     assert not (tmp_path / "deep").exists()
 
 
-def test_a_save_that_does_not_fit_ends_the_run_in_words_and_keeps_the_checkpoints(
+def test_a_last_save_that_does_not_fit_ends_the_run_in_words_and_keeps_the_checkpoints(
     place: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = Workspace(tmp_path / "ws").create()

@@ -14,54 +14,23 @@ from typing import Any
 import pytest
 
 from tests.conftest import ASSETS, ROOT, RunningApp
+from tests.live_board import LOSS, at_step_30, drawn, open_board, runs_in, wait_until
 from tests.made_runs import SPIKE_LOSS, MadeRun, write_long_run
-from trainer import control
 from trainer.workspace import Workspace
 from ui.pages import live, runs
 
 pytestmark = pytest.mark.browser
-LOSS = ".sb-chart-loss"
 BOTH = "['.sb-chart-loss', '.sb-chart-memory'].map((chart) => document.querySelector(chart))"
-PATIENCE_MS = 15_000
 
 
 @pytest.fixture
 def make(app: RunningApp) -> Iterator[Callable[..., MadeRun]]:
-    """Makes runs in the server's workspace; they are gone after the test."""
-    runs: list[MadeRun] = []
-
-    def one(name: str, **settings: Any) -> MadeRun:
-        runs.append(MadeRun(Workspace(app.workspace).runs, name, **settings))
-        return runs[-1]
-
-    yield one
-    for run in runs:
-        run.remove()
+    yield from runs_in(app)
 
 
 @pytest.fixture
 def made(make: Callable[..., MadeRun]) -> MadeRun:
-    """A run of 200 steps that stands at step 30, on a GPU."""
-    run = make("watched", gpu=True).start(200)
-    for _ in range(30):
-        run.step()
-    return run
-
-
-def drawn(page: Any, trace: int = 0) -> int:
-    """Points of one trace of the loss chart."""
-    return page.evaluate(f"document.querySelector('{LOSS}')?.data?.[{trace}]?.x.length ?? 0")
-
-
-def wait_until(page: Any, condition: str) -> None:
-    """Wait for a JavaScript condition."""
-    page.wait_for_function(condition, timeout=PATIENCE_MS)
-
-
-def open_board(page: Any, app: RunningApp, run_id: str, points: int) -> None:
-    """Open a run and wait until its curve is drawn."""
-    page.goto(f"{app.url}/live?run={run_id}")
-    wait_until(page, f"(document.querySelector('{LOSS}')?.data?.[0]?.x.length ?? 0) >= {points}")
+    return at_step_30(make)
 
 
 def test_twenty_points_arrive_while_somebody_watches_at_half_a_kibibyte_an_update(
@@ -161,109 +130,6 @@ def test_without_a_server_the_figures_stay_and_the_page_says_since_when(
     context.close()
 
 
-def test_stop_asks_what_to_do_with_the_steps_and_sends_the_choice(page: Any, app: RunningApp, made: MadeRun) -> None:
-    made.checkpoint()
-    for _ in range(12):
-        made.step()
-    open_board(page, app, made.run_id, 42)
-    page.get_by_role("button", name="Stop", exact=True).click()
-    row = page.locator(".sb-live-actions")
-    assert [b.inner_text() for b in row.get_by_role("button").all()] == [
-        "Save and stop, about 3 s",
-        "Discard 12 steps…",
-        "Keep running",
-    ]
-    row.get_by_role("button", name="Keep running").click()
-    assert not list(made.run.control.iterdir())
-    page.get_by_role("button", name="Stop", exact=True).click()
-    row.get_by_role("button", name="Discard 12 steps…").click()
-    assert "Discard 12 steps? Step 30 stays." in row.inner_text()
-    row.get_by_role("button", name="Discard 12 steps").click()
-    wait_for(lambda: bool(list(made.run.control.glob("*.json"))))
-    assert [order.command for order in control.take(made.run.control)] == ["stop-now"]
-    made.events.append("stopping", by="owner", now=True)
-    made.end(
-        "stopped",
-        step=30,
-        by="owner",
-        now=True,
-        saved_step=30,
-        saved_bytes=4_800_000_000,
-        memory_before_gib=18.4,
-        memory_after_gib=0.6,
-    )
-    notice = page.locator(".sb-live-notice")
-    notice.get_by_text("Stopped by owner at step 30.").wait_for()
-    assert "Saved: step 30 (4.8 GB). GPU memory 18.4 GiB → 614 MiB" in notice.inner_text()
-    assert notice.get_by_role("button", name="Resume").is_visible()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait for something on this side."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.02)
-
-
-SAVED = {"step": 30, "by": "lab-2", "saved_step": 30, "saved_bytes": 4_800_000}
-FAILED = {"cause": "CUDA out of memory", "detail": "Traceback <b>"}
-DIVERGED = {"step": 42, "cause": "loss became NaN at step 42."}
-# last event, its fields, what the notice says, its first button
-ENDS = [
-    ("finished", SAVED, ["Finished 30 steps", "Saved: step 30 (4.8 MB)."], "Use this model"),
-    ("failed", FAILED, ["Failed at step 42", FAILED["cause"], "Safe: step 30. Lost: 12 steps"], "Resume from 30"),
-    ("diverged", DIVERGED, ["Stopped: loss became NaN at step 42.", "Last good: step 30."], "Resume from 30"),
-    ("paused", SAVED, ["Paused by lab-2 at step 30."], "Resume"),
-    (None, {}, ["Cut off at step 42", "Safe: step 30. 12 steps will be repeated."], "Resume from 30"),
-]
-
-
-@pytest.mark.parametrize(("kind", "fields", "texts", "action"), ENDS)
-def test_every_end_says_first_what_is_safe_and_offers_the_next_step(
-    page: Any, app: RunningApp, made: MadeRun, kind: str | None, fields: dict[str, Any], texts: list[str], action: str
-) -> None:
-    made.checkpoint()
-    for _ in range(0 if kind == "finished" else 12):
-        made.step()
-    if kind is None:
-        made.close()  # killed: the lock is free, no last event
-    else:
-        made.end(kind, **fields)
-    open_board(page, app, made.run_id, 30)
-    notice = page.locator(".sb-live-notice")
-    notice.get_by_role("button", name=action, exact=True).wait_for()
-    for text in texts:
-        assert text in notice.inner_text()
-    assert not page.get_by_role("button", name="Stop", exact=True).count()
-
-
-def test_a_run_that_was_cut_off_says_why_and_is_left_with_one_click(page: Any, app: RunningApp, made: MadeRun) -> None:
-    made.checkpoint()
-    made.step()
-    made.events.append("cut_off", cause="signal 9 (SIGKILL), the kernel ended it for want of memory")
-    made.close()
-    open_board(page, app, made.run_id, 30)
-    notice = page.locator(".sb-live-notice")
-    notice.get_by_role("button", name="Leave it", exact=True).wait_for()
-    assert (
-        "ended without stopping: signal 9 (SIGKILL), the kernel ended it for want of memory; last"
-        in notice.inner_text()
-    )
-    notice.get_by_role("button", name="Leave it", exact=True).click()
-    notice.get_by_text("Cut off, and left by owner. The last good step is 30.").wait_for()
-    assert notice.get_by_role("button", name="Resume", exact=True).is_visible()
-    assert "Saved: step 30" in notice.inner_text()
-
-
-def test_the_waiting_of_a_paused_run_is_ended_with_one_click(page: Any, app: RunningApp, made: MadeRun) -> None:
-    made.checkpoint()
-    made.end("paused", by="lab-2", step=30, saved_step=30)
-    open_board(page, app, made.run_id, 30)
-    page.get_by_role("button", name="End it here", exact=True).click()
-    page.get_by_text("Stopped by owner at step 30.").wait_for()
-
-
 def test_names_logs_and_samples_are_text_and_run_nothing(
     page: Any, app: RunningApp, make: Callable[..., MadeRun]
 ) -> None:
@@ -329,14 +195,17 @@ def test_on_a_phone_nothing_is_cut_off_and_the_actions_stay_under_the_thumb(
 
 def test_somebody_away_for_an_hour_is_told_what_happened_since(page: Any, app: RunningApp, made: MadeRun) -> None:
     made.events.append("alert", code="spike", step=20, text="spike")
+    made.events.append("bad_row", step=21, row=7, file="a.jsonl", line=8, text="Left out of step 21: a.jsonl, line 8")
     seen = json.dumps({made.run_id: {"at": time.time() - 3600, "step": 10, "loss": 2}})
     page.add_init_script(f"localStorage.setItem('signalbox.seen', {json.dumps(seen)})")
     open_board(page, app, made.run_id, 30)
     line = page.locator(".sb-live-back")
     line.wait_for()
     assert re.fullmatch(
-        r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 1 alert\.", line.inner_text()
+        r"Since you last looked \(.+\): 20 steps · loss 2\.000 → 1\.\d{3} · 2 alerts\.", line.inner_text()
     )
+    assert "Left out of step 21: a.jsonl, line 8" in page.locator(".sb-live-alarms").inner_text()
+    assert "a.jsonl line 8 left out from 21 on" in page.locator(".sb-live-events").inner_text()
 
 
 def test_preparing_shows_its_steps_with_figures_and_draws_memory_already(

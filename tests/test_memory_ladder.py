@@ -17,7 +17,7 @@ from tests.lives import assert_same, row_losses
 from tests.tiny import tiny_model_dir
 from trainer import checkpoint
 from trainer.events import all_events
-from trainer.loop import evaluate, optim, sampler, train
+from trainer.loop import evaluate, optim, sampler, saves
 from trainer.loop import step as steps
 from trainer.metrics import read_metrics
 from trainer.run import RunDir, status
@@ -156,7 +156,7 @@ def test_in_a_sample_or_in_the_copy_of_a_save_the_run_goes_on_and_says_so(
 ) -> None:
     run = new(place, eval={"eval_strategy": "no", "sample_steps": 4, "sample_max_tokens": 4})
     monkeypatch.setattr(sampler, "answer", Short(sampler.answer, {1}))
-    monkeypatch.setattr(train, "snapshot", Short(train.snapshot, {1}))
+    monkeypatch.setattr(saves, "snapshot", Short(saves.snapshot, {1}))
     assert ended(place, run) == "finished", status(run).cause
     told = [event["text"] for event in all_events(run.events) if event["kind"] == "alert"]
     assert told[0].startswith("Saving step 3 went wrong: there is not enough memory for a copy")
@@ -164,7 +164,7 @@ def test_in_a_sample_or_in_the_copy_of_a_save_the_run_goes_on_and_says_so(
     assert [event["step"] for event in all_events(run.events) if event["kind"] == "checkpoint"] == [6, 8]
     assert_same(run, calm, "out of memory in a sample and in a save")
     last = new(place)
-    monkeypatch.setattr(train, "snapshot", Short(train.snapshot, {3}))
+    monkeypatch.setattr(saves, "snapshot", Short(saves.snapshot, {3}))
     assert ended(place, last) == "failed" and "not enough memory" in (status(last).cause or "")
     assert checkpoint.newest_verified(last.checkpoints).step == 6
     monkeypatch.undo()

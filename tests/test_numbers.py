@@ -15,7 +15,7 @@ from ui import numbers
 
 TABLE = json.loads((Path(__file__).parent / "number_cases.json").read_text(encoding="utf-8"))
 WORDS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-SCALED = ("memory", "disk", "loss", "rate", "grad_norm", "count", "percent", "speed", "duration", "timer")
+SCALED = ("memory", "disk", "loss", "rate", "grad_norm", "count", "percent", "speed", "duration")
 
 
 def written(name: str, args: list[Any]) -> str:

@@ -158,8 +158,6 @@ def test_a_dropped_system_message_is_told() -> None:
         (templates.BRACKETS, False),
     ]:
         own = renderer(template)
-        assert own.dropped_system(messages) is dropped
-        assert own.dropped_system(messages[1:]) is False
         assert ("system_dropped" in own.render(messages).notes) is dropped
     with pytest.raises(Refusal, match="refuses this row: System role not supported"):
         renderer(templates.MODEL_ROLE).render(messages)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -31,7 +32,7 @@ class Line:
     """One setting: the value it is changed to, where that is seen, and what must not change with it.
 
     `right(before, after)` says that the observation is what it should be, where "another" is not enough. `given` is set
-    in both runs. {model}, {data}, {second}, {other}, {untaught} in values are the place's own paths.
+    in both runs. {model}, {data}, {second}, {other}, {untaught}, {spoilt} in values are the place's own paths.
     """
 
     key: str
@@ -87,6 +88,11 @@ TABLE = (
         (o.token_key,), CHECKED | {"data.validation_split": 0.5},
     ),
     Line("data.too_long", "drop", o.plan, lambda a, b: a["rows"] == 16 > b["rows"] > 0, (o.rates,), SHORT),
+    # what "skip" does to step, resume and team is shown by tests/test_bad_row.py
+    Line(
+        "data.bad_row", "skip", o.end, lambda a, b: "stopped step" in a[1] and b == ("finished", None), (o.token_key,),
+        {"data.dataset_path": "{spoilt}"},
+    ),
     Line(
         "data.chat_template", "chatml", o.end, lambda a, b: a[0] != "finished" == b[0] and "template" in a[1],
         given={"model_path": "{untaught}"},
@@ -200,7 +206,19 @@ class Runs:
         lines = runs.write_rows(root / "all.jsonl", 30).read_text().splitlines(keepends=True)
         self.paths["second"] = root / "second.jsonl"
         self.paths["second"].write_text("".join(lines[20:28]))
+        self.paths["spoilt"] = root / "spoilt.jsonl"
+        self.paths["spoilt"].write_text("".join(lines[8:24]))
         self._made: dict[str, Seen] = {}
+        self._spoil()
+
+    def _spoil(self) -> None:
+        """Damage a row in the token cache of the spoilt file, as a disk might: an id that no model knows."""
+        made = self.of({"data.dataset_path": "{spoilt}"})
+        folder, row = made.workspace.tokens / o.token_key(made), o.order(made)[2][0]
+        ids = np.load(folder / "ids.npy", mmap_mode="r+")
+        ids[int(np.load(folder / "offsets.npy")[row]) + 3] = 70_000
+        ids.flush()
+        self._made.clear()
 
     def of(self, given: Given) -> Seen:
         """The run of these settings on top of BASE."""

@@ -1,5 +1,5 @@
-"""Small things that ruin nights, each with the real thing: clocks, descriptors, pipes, slow and closed disks, lost folders, a
-damaged row, a driver that hangs."""
+"""Small things that ruin nights, each with the real thing: clocks, descriptors, pipes, slow and closed disks, lost
+folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,13 @@ from tests import runs
 from tests.conftest import ROOT
 from tests.tiny import tiny_model_dir
 from trainer import alone, checkpoint, clock
-from trainer import machine as machine_module
-from trainer.data.loader import BadRow
-from trainer.data.tokens import TokenCache
 from trainer.engine import Engine
 from trainer.events import all_events
-from trainer.machine import Nvml, machine
-from trainer.metrics import MetricsWriter, read_metrics, read_rows
+from trainer.machine import machine
+from trainer.metrics import MetricsWriter, read_metrics
 from trainer.refusal import Refusal
 from trainer.run import RunDir, _begin_of_life, create_run, status
 from trainer.session import open_life, train_to_end
-from trainer.telemetry import COLUMNS, RECORD, Telemetry
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 from ui.guard import Guard, Rules
@@ -316,139 +311,3 @@ def test_a_model_folder_removed_in_mid_run_ends_nothing_and_a_resume_says_what_i
     )
     os.rename(tmp_path / "elsewhere", model)
     assert runs.train(run, workspace, worker) == "finished"
-
-
-# -- a damaged row
-
-
-def test_a_damaged_row_stops_the_run_by_name_with_all_before_it_saved(
-    workspace: Workspace, sources: Any, worker: Worker
-) -> None:
-    config = runs.settings(*sources, max_steps=8, eval=OFF)
-    straight = runs.new(workspace, config)
-    assert runs.train(straight, workspace, worker) == "finished"
-    folder = next(workspace.tokens.glob("*/cache.json")).parent
-    cache = TokenCache.open(folder)
-    row = max((row for row, _, _ in read_rows(straight.rows, 5)), key=lambda row: cache.lengths[row])
-    ids = np.load(folder / "ids.npy", mmap_mode="r+")
-    ids[cache.offsets[row] + 3] = 70_000
-    ids.flush()
-    run = runs.new(workspace, config)
-    assert runs.train(run, workspace, worker) == "failed"
-    cause = status(run).cause or ""
-    assert (
-        f"Row {row:,} (rows.jsonl, line {row + 1:,}) stopped step 5: its token 70,000 is none of the model's" in cause
-    )
-    assert folder.name in cause and "resume" in cause
-    assert checkpoint.newest_verified(run.checkpoints).step == 4
-    shutil.rmtree(folder)
-    assert runs.train(run, workspace, worker) == "finished", "what the sentence advises"
-    assert read_metrics(run.metrics)["loss"].tolist() == read_metrics(straight.metrics)["loss"].tolist()
-
-
-@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), IndexError("index 9 is out of bounds")])
-def test_a_row_that_cannot_be_read_is_named_too_also_when_it_is_held_out(
-    workspace: Workspace, sources: Any, worker: Worker, monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
-    real = TokenCache.ids
-    run = runs.new(workspace, runs.settings(*sources, max_steps=4))
-    seen: list[int] = []
-
-    def ids(cache: TokenCache, row: int) -> np.ndarray:
-        if status(run).phase == "eval":
-            seen.append(row)
-            raise fault
-        return real(cache, row)
-
-    monkeypatch.setattr(TokenCache, "ids", ids)
-    assert runs.train(run, workspace, worker) == "failed"
-    assert f"Row {seen[0]:,} (rows.jsonl, line {seen[0] + 1:,})" in (status(run).cause or "")
-    assert "cannot be read" in (status(run).cause or "") and BadRow(1, "x").row == 1
-
-
-# -- a driver that hangs, lies or leaves
-
-
-class Driver(types.ModuleType):
-    """A library of the driver with one GPU; `act` decides what every question after the first look does."""
-
-    class NVMLError(Exception):
-        """As pynvml has it."""
-
-    def __init__(self) -> None:
-        super().__init__("pynvml")
-        self.act: Callable[[], Any] = lambda: None
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvml"):
-            raise AttributeError(name)
-        answers = {
-            "nvmlInit": None, "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0, "nvmlDeviceGetUUID": "GPU-1",
-            "nvmlDeviceGetName": "RTX", "nvmlDeviceGetTemperature": 66, "nvmlDeviceGetPowerUsage": 400_000,
-            "nvmlDeviceGetMemoryInfo": types.SimpleNamespace(total=24 << 30, free=20 << 30, used=4 << 30),
-            "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=97),
-        }  # fmt: skip
-
-        def question(*given: Any) -> Any:
-            if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
-                self.act()
-            return answers[name]
-
-        return question
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
-    monkeypatch.setitem(sys.modules, "pynvml", made)
-    monkeypatch.setattr(machine_module, "PATIENCE_S", 0.2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return made
-
-
-def test_a_driver_that_hangs_costs_the_readings_and_neither_training_nor_page(
-    workspace: Workspace, sources: Any, worker: Worker, driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nvml = Nvml()
-    assert nvml.gpus()[0].free_gib == 20 and nvml.reading(0)["utilisation"] == 97
-    awake = threading.Event()
-    driver.act = lambda: awake.wait(30)
-    monkeypatch.setattr(
-        "trainer.session.Telemetry", lambda path, allocator, index: Telemetry(path, None, 0, every_s=0.1)
-    )
-    run = runs.new(workspace, runs.settings(*sources, max_steps=6, eval=OFF))
-    began = time.monotonic()
-    assert runs.train(run, workspace, worker) == "finished"
-    hanging = sum(thread.name == "nvml" for thread in threading.enumerate())
-    for _ in range(5):
-        assert machine(nvml).gpus[0].name == "RTX", "known from before, so that a run for it does not land on the CPU"
-    assert time.monotonic() - began < 25, "the driver hangs for 30 s"
-    samples = np.fromfile(run.telemetry, RECORD)
-    assert len(samples) > 1 and np.isnan(samples["utilisation"]).all() and np.isfinite(samples["process_gib"]).all()
-    asked = sum(thread.name == "nvml" for thread in threading.enumerate())
-    assert asked <= hanging + 1, "while one question hangs, no other is asked"
-    awake.set()
-    runs.wait_for(lambda: nvml.reading(0)["utilisation"] == 97)
-
-
-@pytest.mark.parametrize("fault", [Driver.NVMLError("GPU is lost"), OSError("libnvidia-ml.so"), ValueError("bytes")])
-def test_a_driver_that_raises_is_not_measured_and_its_gpu_is_not_forgotten(
-    driver: Driver, tmp_path: Path, fault: Exception
-) -> None:
-    nvml = Nvml()
-    assert len(nvml.gpus()) == 1
-
-    def act() -> None:
-        raise fault
-
-    driver.act = act
-    assert "driver does not answer" in (machine(Nvml()).advice or ""), (
-        "one that never answered is said, not passed over"
-    )
-    assert set(nvml.reading(0).values()) == {None} and len(nvml.gpus()) == 1
-    telemetry = Telemetry(tmp_path / "t.bin", None, 0, every_s=0.02)
-    telemetry.start()
-    written = tmp_path / "t.bin"
-    runs.wait_for(lambda: written.exists() and written.stat().st_size >= 3 * RECORD.itemsize)
-    telemetry.stop()
-    assert len(COLUMNS) == len(RECORD.names or ()) and np.isnan(telemetry.latest["utilisation"])

@@ -83,7 +83,8 @@ def resume_alone(run: RunDir, quiet: bool) -> int:
         with _devices(here, team, run.path, now.name):
             root = Path(run.snapshot().get("workspace", run.path.parent.parent))
             workspace = Workspace(root).create()
-            return _to_end(open_life(run, owner_here(), resumed=True), workspace, team, quiet=quiet)
+            life = open_life(run, owner_here(), resumed=True, may=lambda state: "resume" in allowed(state))
+            return _to_end(life, workspace, team, quiet=quiet)
 
 
 @contextlib.contextmanager

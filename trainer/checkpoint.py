@@ -94,11 +94,19 @@ def new_staging(checkpoints: Path, step: int) -> Path:
     """An empty directory to write the checkpoint of `step` into; what a killed save or removal left is swept away."""
     make_private_dir(checkpoints)
     put_back(checkpoints)
-    for left in [name for hidden in (STAGING, REPLACED, REMOVED) for name in _names(checkpoints, hidden)]:
-        shutil.rmtree(checkpoints / left, ignore_errors=True)  # what cannot go must not stand in the way of every save
+    sweep(checkpoints)
     staging = checkpoints / f"{STAGING}{step:08d}"
     staging.mkdir(mode=0o700)
     return staging
+
+
+def sweep(checkpoints: Path) -> None:
+    """Take away what killed saves and removals left in hidden names: it takes room that the next save may need.
+
+    What steps aside for a save that never came must have been put back. Raises OSError for a folder that is closed to us.
+    """
+    for left in [name for hidden in (STAGING, REPLACED, REMOVED) for name in _names(checkpoints, hidden)]:
+        shutil.rmtree(checkpoints / left, ignore_errors=True)  # what cannot go must not stand in the way of every save
 
 
 def _names(folder: Path, prefix: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.files import read_json, write_json
-from trainer.locks import FileLock
+from trainer.locks import changing
 from trainer.refusal import Refusal
 from trainer.run import RunDir
 
@@ -68,7 +68,7 @@ class Current:
         if problems:
             raise Refusal(f"Step {step} is damaged ({problems[0]}), so it stays what it is: not the current model.")
         new = Promotion(run.run_id, str(run.path), step, by, time.time())
-        with _Locked(self.path):
+        with changing(self.path, "The current model"):
             before = self.history()
             if before and (before[0].run_id, before[0].step) == (new.run_id, new.step):
                 raise Refusal(f"Step {step} of this run is the current model already.")
@@ -79,7 +79,7 @@ class Current:
 
     def roll_back(self) -> Promotion:
         """Go back to the model that was current before; Refusal when there is none, or it is no longer whole."""
-        with _Locked(self.path):
+        with changing(self.path, "The current model"):
             _, *before = self.history() or (None,)
             if not before:
                 raise Refusal("No model was current before this one.")
@@ -105,7 +105,7 @@ class Current:
     @contextmanager
     def standing(self, run_id: str) -> Iterator[set[int]]:
         """`steps_of` a run, true until the block ends: for whoever takes away what is not current, and no more a moment later."""
-        with _Locked(self.path):
+        with changing(self.path, "The current model"):
             yield self.steps_of(run_id)
 
     def _write(self, history: tuple[Promotion, ...]) -> None:
@@ -116,17 +116,3 @@ class Current:
             raise Refusal(
                 f"The current model cannot be changed: {error.strerror or error}. It stays as it was."
             ) from None
-
-
-class _Locked:
-    """Holds the lock beside a file while it is changed."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = FileLock(path.with_suffix(".lock"))
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire({"for": "current model"}, retry_s=5.0):
-            raise Refusal("The current model is being changed by another program. Try again in a moment.")
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()

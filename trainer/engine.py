@@ -26,7 +26,7 @@ from trainer.machine import Machine, Nvml, machine
 from trainer.notify import Notifier, message_of
 from trainer.recovery import recover, settle
 from trainer.refusal import Refusal
-from trainer.run import RunDir, new_run_id, status
+from trainer.run import RunDir, new_run_id, only_by_torchrun, status
 from trainer.schema import Config
 from trainer.session import Life, open_life, train_to_end
 from trainer.signals import HURRY_S, Signals
@@ -106,10 +106,13 @@ class Engine:
         """
         self._refuse_when_broken()
         run = self.workspace.run(run_id)
-        now = status(run)
-        if ("resume-around" if around_rows else "resume") not in allowed(now.state):
+        now, command = status(run), "resume-around" if around_rows else "resume"
+        if command not in allowed(now.state):
             raise Refusal(f"This run is {now.state}: there is nothing to resume.")
-        self._begin(run, now.name, owner, around_rows=around_rows, auto=auto)
+        if now.processes > 1:
+            raise Refusal(only_by_torchrun(now.processes))
+        may = lambda state: command in allowed(state)  # noqa: E731
+        self._begin(run, now.name, owner, may, around_rows=around_rows, auto=auto)
         try:
             self.workspace.queue.remove(run_id)
             self.workspace.queue.release(resumed_run=run_id)
@@ -131,6 +134,8 @@ class Engine:
         now = status(run)
         if not _can_wait(now.state):
             raise Refusal(f"This run is {now.state}: it cannot wait in the queue.")
+        if now.processes > 1:
+            raise Refusal(only_by_torchrun(now.processes))
         return self.workspace.queue.add(run_id, owner)
 
     def start_next(self) -> str | None:
@@ -147,7 +152,7 @@ class Engine:
             now = status(run)
             started = _can_wait(now.state)
             if started:
-                self._begin(run, now.name, first.by)
+                self._begin(run, now.name, first.by, _can_wait)
         except lease.Busy:
             return None
         except Refusal as refusal:  # deleted meanwhile, or its folder cannot be written
@@ -170,7 +175,7 @@ class Engine:
     def _mark_failed(self, run_id: str, refusal: Refusal) -> None:
         with contextlib.suppress(Refusal, OSError):
             run = self.workspace.run(run_id)
-            life = open_life(run, "queue", resumed=run.events.exists())
+            life = open_life(run, "queue", resumed=run.events.exists(), may=_can_wait)
             life.events.append("failed", cause=refusal.message)
             life.close()
 
@@ -287,7 +292,16 @@ class Engine:
         self._accepted = task
         self._tasks.put(task)
 
-    def _begin(self, run: RunDir, name: str, owner: str, *, around_rows: bool = False, auto: bool = False) -> None:
+    def _begin(
+        self,
+        run: RunDir,
+        name: str,
+        owner: str,
+        may: Callable[[State], bool],
+        *,
+        around_rows: bool = False,
+        auto: bool = False,
+    ) -> None:
         here = self.machine()
         with self._starting():
             lock = lease.acquire(
@@ -295,7 +309,7 @@ class Engine:
             )
             try:
                 resumed = run.events.exists()
-                self._train(run, lock, here, owner, resumed=resumed, around_rows=around_rows, auto=auto)
+                self._train(run, lock, here, owner, resumed=resumed, around_rows=around_rows, auto=auto, may=may)
             except BaseException:
                 lock.release()
                 raise
@@ -310,8 +324,9 @@ class Engine:
         resumed: bool,
         around_rows: bool = False,
         auto: bool = False,
+        may: Callable[[State], bool] = lambda state: True,
     ) -> None:
-        life = open_life(run, owner, resumed=resumed, around_rows=around_rows, auto=auto)
+        life = open_life(run, owner, resumed=resumed, around_rows=around_rows, auto=auto, may=may)
 
         def work() -> None:
             end = train_to_end(life, self.workspace, self.worker, here, notifier=self.notifier)

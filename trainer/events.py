@@ -13,7 +13,7 @@ from trainer import clock
 from trainer.files import fsync_dir, write_whole
 
 DURABLE = frozenset(
-    {"started", "resumed", "paused", "stopped", "finished", "failed", "diverged", "checkpoint", "rewind"}
+    {"started", "resumed", "paused", "stopped", "finished", "failed", "diverged", "checkpoint", "rewind", "bad_row"}
 )
 
 

@@ -9,6 +9,8 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +85,16 @@ def base_of(adapter: Path) -> Path:
     base = base_path(named, adapter, [adapter.parent]) if named else None
     if base is None:
         raise Refusal(
-            f"The adapter {adapter.name} belongs to the base model '{named}', which is not a folder here. Put it beside it.",
+            f"The adapter {adapter.name} belongs to the base model '{_folder_name(named)}', which is not a folder here. "
+            "Put it beside it.",
             "model_path",
         )
     return base
+
+
+def _folder_name(named: str) -> str:
+    """What to call a base model: the last folder of a path, whose rest is this machine's own; a name of a hub as it is."""
+    return re.split(r"[/\\]", named.rstrip("/\\"))[-1] if re.match(r"[/~.\\]|[A-Za-z]:", named) else named
 
 
 def check_paths(config: Config) -> None:
@@ -169,12 +177,16 @@ def new_run(
     name: str = "",
     why: str = "",
 ) -> tuple[RunDir, Prompt]:
-    """Check, then make the run's directory. Raises Refusal; then nothing was written."""
+    """Check, then make the run's directory. Raises Refusal; then no run was made."""
     check_paths(config)
     prompt = prompt_of(config, workspace.profiles)
     disk_need.refuse_a_full_disk(config, output or workspace.runs)
     made = {**snapshot(config, prompt, machine, owner, threads), "workspace": str(workspace.root)}
     notes = {"name": name.strip() or auto_name(config), "why": why.strip()}
     run = create_run(workspace.runs, made, output, notes)
-    keep_webhook(workspace.root, run.run_id, config.notify.webhook_url)
+    try:
+        keep_webhook(workspace.root, run.run_id, config.notify.webhook_url)
+    except Refusal:  # a run that is there would wait to be started, and its end be told to nobody
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run, prompt

@@ -8,8 +8,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trainer.refusal import Refusal
 
 if sys.platform == "win32":  # weaker there: no shared probe, said in docs/platforms
     import msvcrt
@@ -60,6 +64,18 @@ class FileLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+@contextmanager
+def changing(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock beside the file `path` while it is changed; `what` names it at the start of the refusal's sentence."""
+    lock = FileLock(path.with_suffix(".lock"))
+    if not lock.acquire({"for": what}, retry_s=5.0):
+        raise Refusal(f"{what} is being changed by another program. Try again in a moment.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_held(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from pathlib import Path
@@ -94,6 +95,11 @@ class MetricsWriter:
         )
         self._rows.append(packed.tobytes())
 
+    def nothing(self, step: int, at: float, elapsed_s: float) -> None:
+        """Note that `step` was passed with no row left to train: what an earlier life recorded for it counts no more."""
+        values = dict.fromkeys(COLUMNS, math.nan) | {"step": -step, "t": at, "elapsed_s": elapsed_s}
+        self._metrics.append(struct.pack(f"<{len(COLUMNS)}d", *values.values()))
+
     def sync(self) -> None:
         """Return when all steps so far survive power loss: a resume trains only those after its checkpoint again."""
         self._metrics.sync()
@@ -123,17 +129,20 @@ def read_records(path: Path, since: int = 0) -> np.ndarray:
 
 
 def latest_of_each_step(records: np.ndarray) -> np.ndarray:
-    """The curve: of records with the same step the later one, since a resume trains those steps again."""
+    """The curve: of records with the same step the later one, since a resume trains those steps again.
+
+    A negative step is one that was passed with nothing to train: it takes earlier records away and is none itself.
+    """
     if len(records) and (records["step"] == 0).any():  # a page in the middle that power loss left empty
         records = np.asarray(records)[records["step"] != 0]
     if len(records) == 0:
         return records
-    steps = records["step"]
+    steps = np.abs(records["step"])
     following_minimum = np.minimum.accumulate(steps[::-1])[::-1]
     keep = np.empty(len(records), bool)
     keep[-1] = True
     keep[:-1] = steps[:-1] < following_minimum[1:]
-    return np.asarray(records)[keep]
+    return np.asarray(records)[keep & (records["step"] > 0)]
 
 
 def read_metrics(path: Path) -> np.ndarray:

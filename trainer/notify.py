@@ -27,7 +27,7 @@ from trainer.refusal import Refusal
 from trainer.run import Status
 from trainer.setting import host_of
 
-Kind = Literal["ended", "failed", "stalled", "link", "test"]
+Kind = Literal["ended", "failed", "stalled", "unsaved", "link", "test"]
 Service = Literal["slack", "discord", "ntfy", "json"]
 TIMEOUT_S = 10.0
 RETRY_AFTER_S = (2.0, 10.0)
@@ -41,6 +41,7 @@ _TAGS: dict[Kind, tuple[str, str]] = {  # ntfy: an emoji's short name, and a pri
     "ended": ("white_check_mark", "3"),
     "failed": ("x", "4"),
     "stalled": ("warning", "4"),
+    "unsaved": ("floppy_disk", "4"),
     "link": ("link", "3"),
     "test": ("bell", "3"),
 }
@@ -95,6 +96,8 @@ def message_of(now: Status, detail: str = "") -> Message | None:
         parts.append(f"Loss {now.loss:.3f}.")
     if now.best_held_out is not None:
         parts.append(f"Best held-out loss {now.best_held_out:.3f} at step {now.best_step:,}.")
+    if now.rows_left_out:
+        parts.append(f"{now.rows_left_out:,} bad row{' was' if now.rows_left_out == 1 else 's were'} left out.")
     safe = now.last_checkpoint_step
     parts.append(f"Safe: step {safe:,}." if safe is not None else "Nothing was saved.")
     text = " ".join([*parts, detail]).strip()
@@ -106,6 +109,12 @@ def stalled_message(now: Status, sentence: str) -> Message:
     name = now.name or now.run_id
     title = f"{name} stands still"
     return Message("stalled", title, sentence, now.run_id, now.state, now.current_step, now.total_steps, clock.now())
+
+
+def unsaved_message(now: Status, sentence: str) -> Message:
+    """A run goes on and cannot be saved; `sentence` holds why and what is safe."""
+    title = f"{now.name or now.run_id} cannot be saved"
+    return Message("unsaved", title, sentence, now.run_id, now.state, now.current_step, now.total_steps, clock.now())
 
 
 def link_message(link: str, why: str) -> Message:

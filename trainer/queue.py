@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.files import read_json, write_json
-from trainer.locks import FileLock
+from trainer.locks import changing
 from trainer.refusal import Refusal
 
 MOST = 200
@@ -92,36 +92,26 @@ class Queue:
 
     def hold(self, by: str, paused_run: str = "") -> None:
         """Start nothing by itself until `release`; `by` says who wished it, `paused_run` for which run's sake."""
-        with self._locked():
+        with changing(self.path, "The queue"):
             now = self.read()
             if not (paused_run and now.held_by):  # a hold by hand outlives the pause of a run
                 self._write(Waitings(now.entries, by or "somebody", paused_run))
 
     def release(self, resumed_run: str | None = None) -> None:
         """Go on by itself; with `resumed_run` only where the queue was held for the pause of that run."""
-        with self._locked():
+        with changing(self.path, "The queue"):
             now = self.read()
             if now.held_by and resumed_run in (None, now.held_for):
                 self._write(Waitings(now.entries))
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[tuple[Waitings, list[Waiting]]]:
-        with self._locked():
+        with changing(self.path, "The queue"):
             now = self.read()
             entries = list(now.entries)
             yield now, entries
             if tuple(entries) != now.entries:
                 self._write(replace(now, entries=tuple(entries)))
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.path.with_suffix(".lock"))
-        if not lock.acquire({"for": "queue"}, retry_s=5.0):
-            raise Refusal("The queue is being changed by another program. Try again in a moment.")
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _write(self, waitings: Waitings) -> None:
         content = asdict(waitings)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer import clock, locks
+from trainer import bad_rows, clock, locks
+from trainer.bad_rows import LeftOut
 from trainer.events import read_events
 from trainer.files import make_private_dir, read_json, write_json
 from trainer.metrics import RECORD, read_records
 from trainer.refusal import Refusal
-from trainer.states import LIFECYCLE, LIVE_STATES, State, derive
+from trainer.states import LIVE_STATES, State, allowed, derive, following
 
 WINDOW_STEPS = 100  # the newest steps, for speed and time left
 
@@ -155,10 +156,29 @@ class Status:
     last_checkpoint_step: int | None = None
     gen: int = 0
     steps_per_epoch: int | None = None
+    rows_left_out: int = 0
+    processes: int = 1
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The commands that mean something now, given from a server or a terminal: `trainer.states.allowed`.
+
+        A run of several processes goes on by torchrun alone.
+        """
+        can = allowed(self.state)
+        return can if self.processes == 1 else tuple(command for command in can if not command.startswith("resume"))
 
     def as_json(self) -> dict[str, Any]:
         """All fields, for `status --json`."""
         return asdict(self)
+
+
+def only_by_torchrun(processes: int) -> str:
+    """Why a run of several processes is resumed by none of a server's buttons, and what does resume it."""
+    return (
+        f"This run is one of {processes} processes, and its curve is theirs: resume it with "
+        f"`torchrun --nproc-per-node {processes} -m trainer resume RUN_DIR`."
+    )
 
 
 class StatusReader:
@@ -169,6 +189,7 @@ class StatusReader:
         self._cursor = 0
         self._last: str | None = None
         self._life_began: float | None = None
+        self._left_out = LeftOut()
         self._status = Status(run.run_id, "queued")
         self._from_snapshot()
 
@@ -211,8 +232,7 @@ class StatusReader:
     def _apply(self, event: dict[str, Any]) -> None:
         status, kind, at = self._status, event["kind"], event.get("t")
         status.last_sign = at
-        if kind in LIFECYCLE:
-            self._last = kind
+        self._last = following(self._last, kind)
         if kind in ("started", "resumed"):
             status.started_at = status.started_at or at
             self._life_began = at
@@ -231,10 +251,11 @@ class StatusReader:
             status.phase = event.get("name")
             status.phase_done, status.phase_total = event.get("done"), event.get("total")
         elif kind == "plan":
-            status.total_steps, status.steps_per_epoch = (
-                event.get("total_steps"),
-                event.get("steps_per_epoch"),
-            )
+            status.total_steps, status.steps_per_epoch = event.get("total_steps"), event.get("steps_per_epoch")
+            status.processes = event.get("processes", 1)
+        elif kind == bad_rows.KIND:
+            self._left_out.add(int(event["row"]), int(event["step"]), held_out=bool(event.get("held_out")))
+            status.rows_left_out = self._left_out.count
         elif kind == "eval":
             status.held_out_loss = _number(event.get("loss"))
             if event.get("best"):

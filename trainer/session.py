@@ -23,7 +23,7 @@ from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
 from trainer.machine import GIB, Machine
-from trainer.notify import Message, Notifier, message_of
+from trainer.notify import Message, Notifier, message_of, unsaved_message
 from trainer.recovery import SHUTDOWN, trainer_note
 from trainer.refusal import Refusal
 from trainer.rewind import go_around, note_memory, rewind
@@ -31,6 +31,7 @@ from trainer.run import RunDir, status
 from trainer.schema import Config
 from trainer.signals import ControlWatch, Signals
 from trainer.stall import StallWatch
+from trainer.states import LIFECYCLE, State, derive
 from trainer.telemetry import Telemetry
 from trainer.worker import Worker
 from trainer.workspace import Workspace
@@ -69,29 +70,43 @@ class Life:
         self.lock.release()
 
 
-def open_life(run: RunDir, owner: str, *, resumed: bool, around_rows: bool = False, auto: bool = False) -> Life:
+def open_life(
+    run: RunDir,
+    owner: str,
+    *,
+    resumed: bool,
+    around_rows: bool = False,
+    auto: bool = False,
+    may: Callable[[State], bool] = lambda state: True,
+) -> Life:
     """Take the run's lock and write its first event; Refusal when another process trains it.
 
     `around_rows`: a diverged run goes on without the rows of its bad step, at a lower rate. `auto` says that the run goes
-    on by itself: nobody asked for this life.
+    on by itself: nobody asked for this life. `may` says whether the run's state, looked at under the lock, allows it:
+    between a look without the lock and this one another process may have trained the run to its end.
     """
-    lock = locks.FileLock(run.lock)
+    lock, events = locks.FileLock(run.lock), None
     try:
         if not lock.acquire({"owner": owner, **trainer_note()}):
             raise Refusal(f"The run {run.run_id} is being trained already, by another process.")
-        control.clear(run.control)  # a stop left for an earlier life must not end this one
         past = list(all_events(run.events))
+        state = derive(False, next((event["kind"] for event in reversed(past) if event["kind"] in LIFECYCLE), None))
+        if not may(state):
+            raise Refusal(f"This run is {state} by now, since another process was faster. Nothing was changed.")
+        control.clear(run.control)  # a stop left for an earlier life must not end this one
         lives = sum(event["kind"] in ("started", "resumed", "rewind") for event in past)
         events = EventLog(run.events)
         by_itself = {"auto": True} if auto else {}
         events.append("resumed" if resumed else "started", owner=owner, life=lives + 1, **by_itself)
         if around_rows:
             lives += go_around(run, events, past)
-    except OSError as error:
+    except BaseException as error:
+        if events is not None:
+            events.close()
         lock.release()
-        raise Refusal(f"The run's folder cannot be written: {error.strerror or error}. Nothing was started.") from None
-    except BaseException:
-        lock.release()
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            raise Refusal(f"The run's folder cannot be written: {why}. Nothing was started.") from None
         raise
     return Life(run, events, Signals(), lock, lives + 1)
 
@@ -130,7 +145,9 @@ def train_to_end(
         stall = StallWatch(life.run, life.events, telemetry, tell)
         stall.start()
         unwind.callback(stall.stop)
-        kind, fields = _attempt(life, workspace, worker, machine, telemetry, say, team)
+        kind, fields = _attempt(
+            life, workspace, worker, machine, telemetry, say, team, lambda text: _tell_unsaved(life.run, tell, text)
+        )
         if kind == "stopped" and fields.get("by") == SHUTDOWN:
             fields["boot"] = boot_id()
         fields |= free_memory(bool(gpu), fields.pop("memory_before_gib", None))
@@ -145,6 +162,13 @@ def train_to_end(
             )
         _tell_end(life.run, tell)
         return kind
+
+
+def _tell_unsaved(run: RunDir, tell: Callable[[Message | None], None], text: str) -> None:
+    try:
+        tell(unsaved_message(status(run), text))
+    except (OSError, ValueError):
+        pass  # files that cannot be read just now; the alert stands in the run
 
 
 def _tell_end(run: RunDir, tell: Callable[[Message | None], None]) -> None:
@@ -162,11 +186,12 @@ def _attempt(
     telemetry: Telemetry,
     say: Callable[[str], None],
     team: Team | None,
+    tell: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Run the loop; whatever is raised becomes ("failed", cause), with no frame and no tensor kept alive."""
     fields: dict[str, Any] = {}
     try:
-        kind, fields = _run(life, workspace, worker, machine, telemetry, say, team)
+        kind, fields = _run(life, workspace, worker, machine, telemetry, say, team, tell)
     except Refusal as refusal:
         kind, fields = "failed", {"cause": refusal.message, "field": refusal.field}
         traceback.clear_frames(refusal.__traceback__)
@@ -189,6 +214,7 @@ def _run(
     telemetry: Telemetry,
     say: Callable[[str], None],
     team: Team | None,
+    tell: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     import torch
 
@@ -218,6 +244,7 @@ def _run(
         say,
         team or ALONE,
         lambda: workspace.current.standing(life.run.run_id),
+        tell,
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()

@@ -97,7 +97,8 @@ class StallWatch:
 
     def _median_step_s(self) -> float:
         recent = read_records(self._path, max(0, self._count - RECENT_STEPS))
-        return float(np.median(recent["seconds"])) if len(recent) else 0.0
+        seconds = recent["seconds"][recent["step"] > 0]
+        return float(np.median(seconds)) if len(seconds) else 0.0
 
     def _facts(self) -> str:
         """What the machine does meanwhile: a GPU at 0 % hangs, one at 100 % only takes long."""

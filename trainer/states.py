@@ -65,6 +65,16 @@ def derive(lock_held: bool, last_lifecycle: str | None) -> State:
     return _LIVE[last_lifecycle] if lock_held else "interrupted"
 
 
+def following(last: str | None, kind: str) -> str | None:
+    """The last lifecycle event once `kind` was read: what is no lifecycle event changes nothing.
+
+    A stop or a pause is answered by a thread of its own, so `running` may come a moment behind it: what was asked for holds.
+    """
+    if kind not in LIFECYCLE or (kind == "running" and last in ("pausing", "stopping")):
+        return last
+    return kind
+
+
 def allowed(state: State) -> tuple[str, ...]:
     """The commands that mean something in `state`; any other is refused in words."""
     return _ALLOWED[state]

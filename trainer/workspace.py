@@ -189,10 +189,6 @@ class Workspace:
             return next((info for info in self.datasets() if info.id == dataset_id), None)
         return None
 
-    def dataset_at(self, path: Path) -> DatasetInfo | None:
-        """The dataset whose file this is, or None for a file outside the workspace and its roots."""
-        return next((info for info in self.datasets() if info.path == path), None)
-
     def add_dataset(self, uploaded: Path, original_name: str, repaired_from: str | None = None) -> DatasetInfo:
         """Copy a file into a folder of its own, in one step: it is there whole or not at all.
 

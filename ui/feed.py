@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from trainer import control, locks, metrics
 from trainer.refusal import Refusal
-from trainer.run import RunDir, Status
+from trainer.run import RunDir, Status, only_by_torchrun
 from trainer.states import LIVE_STATES, Settling, State, allowed
 from ui.follow import Cursor, Follower, Reader
 from ui.guard import caller_of, guarded
@@ -102,7 +102,7 @@ class Feed:
         caller = caller_of(request)
         assert caller.may(action), "the guard let operators in, and they may do all of these"
         status = await run_in_threadpool(lambda: self.follower(run).status())
-        if command not in allowed(status.state):
+        if command not in status.allowed:
             return json_reply({"error": _refused(command, status)}, 409)
         if command in ("resume", "resume-around"):
             around = command == "resume-around"
@@ -176,7 +176,9 @@ def _line(status: Status) -> dict[str, Any]:
 
 def _refused(command: str, status: Status) -> str:
     state: State = status.state
-    can = [word for word in allowed(state) if word in COMMANDS]
+    can = [word for word in status.allowed if word in COMMANDS]
+    if command.startswith("resume") and command in allowed(state):
+        return f"{only_by_torchrun(status.processes)} Nothing was changed."
     rest = f" Possible now: {', '.join(can)}." if can else ""
     return f"The run is {state}, so it cannot {_CANNOT[command]}. Nothing was changed.{rest}"
 

@@ -20,7 +20,6 @@ from trainer import clock, metrics, telemetry
 from trainer.events import read_events, wire
 from trainer.launch import approximations
 from trainer.run import RunDir, Status, StatusReader
-from trainer.states import allowed
 
 LOSS_POINTS = 2000
 """Most points of one series in a whole history; a screen is about this many pixels wide."""
@@ -141,8 +140,9 @@ class Follower:
             "held_out": _digits(status.held_out_loss, 6),
             "best": _digits(status.best_held_out, 6),
             "best_step": status.best_step,
+            "processes": status.processes,
             "saved_step": status.last_checkpoint_step,
-            "allowed": list(allowed(status.state)) if reader.may_command else [],
+            "allowed": list(status.allowed) if reader.may_command else [],
             "seen": self._run.read_notes().get("seen", []),
             "may_note": reader.may_note,
         }

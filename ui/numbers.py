@@ -120,14 +120,6 @@ def duration(seconds: float | None) -> str:
     return _two(hours // 24, "d", hours % 24, "h")
 
 
-def timer(seconds: float | None) -> str:
-    """A running clock: 0:42:07."""
-    if (odd := _odd(seconds)) is not None or seconds is None:
-        return odd or MISSING
-    whole = int(max(seconds, 0))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
 def eta(remaining_s: float | None, step: int) -> str:
     """How long still: "estimating" until 20 steps are done, then "about 12 min"."""
     if step < ESTIMATE_FROM_STEP or remaining_s is None or not math.isfinite(remaining_s):

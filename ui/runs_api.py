@@ -24,7 +24,6 @@ from trainer.notify import forget_webhook
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
 from trainer.run_delete import delete_run, disk_bytes, name_to_type
-from trainer.states import allowed
 from trainer.workspace import Workspace
 from ui.guard import Caller, caller_of, guarded
 from ui.queue_api import queue_state
@@ -238,7 +237,7 @@ def _describe(run: RunDir) -> dict[str, Any]:
             "ended": now.ended_at,
             "saved_step": now.last_checkpoint_step,
             "bytes": disk_bytes(run.path),
-            "allowed": list(allowed(now.state)),
+            "allowed": list(now.allowed),
         }
     )
 

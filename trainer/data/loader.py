@@ -61,7 +61,7 @@ def read_row(cache: Rows, row: int, vocabulary: int) -> tuple[np.ndarray, np.nda
     try:
         ids, labels = np.asarray(cache.ids(row)), np.asarray(cache.labels(row))
     except (OSError, ValueError, IndexError) as error:
-        raise BadRow(row, f"it cannot be read ({error})") from None
+        raise BadRow(row, f"it cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(ids) == 0 or len(ids) != len(labels):
         raise BadRow(row, f"it has {len(ids):,} tokens and {len(labels):,} label marks")
     low, high = int(ids.min()), int(ids.max())

@@ -116,11 +116,6 @@ class Renderer:
             raise rendered
         return rendered.ids
 
-    def dropped_system(self, messages: Messages) -> bool:
-        """Whether the template leaves the system message of this conversation out."""
-        roles = tuple(message["role"] for message in messages)
-        return any(roles[number] == "system" for number in self.template.dropped(roles))
-
     def _assemble(self, messages: Messages, row: Pieces, contents: list[list[int] | None]) -> Rendered | Refusal:
         final = row.pieces[-1].text if messages[-1]["role"] == "assistant" else None
         ids: list[int] = []

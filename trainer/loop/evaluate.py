@@ -29,6 +29,14 @@ def micro_groups(rows: np.ndarray, lengths: np.ndarray, budget_tokens: int) -> l
     return groups + ([np.array(group)] if group else [])
 
 
+def groups_without(groups: list[np.ndarray], rows: frozenset[int]) -> list[np.ndarray]:
+    """The groups as they are but for `rows`: the others keep their places, so that every life sums them in one order."""
+    if not rows:
+        return groups
+    kept = [group[~np.isin(group, list(rows))] for group in groups]
+    return [group for group in kept if len(group)]
+
+
 def held_out_loss(
     model: PreTrainedModel,
     trained: nn.Module,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from trainer.data.conversation import printable
-from trainer.data.loader import MicroBatch, assemble
+from trainer.data.loader import BadRow, MicroBatch, assemble, read_row
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
 from trainer.launch import Prompt, approximations, fingerprint
@@ -248,7 +248,8 @@ def build_model(
     else:
         say("Gradient checkpointing off.")
     trained.train()
-    probe = _short_rows(cache, device)
+    embeddings: Any = loaded.model.get_input_embeddings()
+    probe = _short_rows(cache, device, embeddings.weight.shape[0])
     choice = choose_path(loaded.model, probe, compute=precision.compute, autocast=precision.autocast)
     say_attention(loaded, choice, probe, say)
     if h.compile:
@@ -349,9 +350,20 @@ def compile_layers(loaded: Loaded, say: Say) -> None:
     say(f"Compile: {len(blocks)} layers; the first step takes longer.")
 
 
-def _short_rows(cache: TokenCache, device: str) -> MicroBatch:
-    """The two shortest rows of at least 16 tokens (or the longest two), as one micro-batch."""
+def _short_rows(cache: TokenCache, device: str, vocabulary: int) -> MicroBatch:
+    """The two shortest rows of at least 16 tokens (or the longest two) that can be read, as one micro-batch."""
     lengths = np.asarray(cache.lengths)
     order = np.argsort(lengths, kind="stable")
     enough = order[lengths[order] >= 16]
-    return assemble(cache, (enough if len(enough) >= 2 else order[::-1])[:2], device)
+    found: list[int] = []
+    for row in enough if len(enough) >= 2 else order[::-1]:
+        try:
+            read_row(cache, int(row), vocabulary)
+        except BadRow:  # the step that comes to it says so, or leaves it out
+            continue
+        found.append(int(row))
+        if len(found) == 2:
+            break
+    if not found:
+        raise Refusal(f"No row of the token cache {cache.path.name} can be read. Delete that folder in cache/tokens.")
+    return assemble(cache, np.array(found), device)

@@ -6,13 +6,14 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer import checkpoint
+from trainer.bad_rows import LeftOut, left_out_of
 from trainer.data.packing import Plan, waste
 from trainer.events import EventLog, all_events
 from trainer.files import make_private_dir
@@ -57,6 +58,7 @@ class Surroundings:
     say: Callable[[str], None]
     team: Team = ALONE
     promoted: Promoted = lambda: nullcontext(set())
+    tell: Callable[[str], None] = lambda text: None  # the run's webhook, of something that needs a look
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Ready:
     saved_step: int | None
     facts: dict[str, Any]
     rewinds: Rewinds
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None) -> Ready:
@@ -103,10 +106,12 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     _same_model(around, config)
     converted = make_private_dir(around.tokens_root.parent / "converted")
     folder = prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say)
-    rewinds = rewinds_of(all_events(around.run.events))
+    past = list(all_events(around.run.events))
+    rewinds, left_out = rewinds_of(past), left_out_of(past)
     around.team.tell(
         {
             "skip": sorted(rewinds.skip),
+            "left_out": [list(left_out.trained.items()), list(left_out.held_out.items())],
             "run": str(around.run.path),
             "folder": str(folder),
             "cache": str(tokens.cache.path),
@@ -147,7 +152,8 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
     leave_if_asked(around)
-    return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds)
+    saved_step = found.step if found else None
+    return Ready(tokens, plan, model, saver, sampler, groups, progress, saved_step, facts, rewinds, left_out)
 
 
 def _same_model(around: Surroundings, config: Config) -> None:
@@ -212,6 +218,7 @@ def _announce(around: Surroundings, config: Config, tokens: prepare.Tokens, plan
         held_out_rows=len(plan.held_out),
         rows_per_step=h.rows_per_step,
         waste=lost,
+        processes=around.team.size,
     )
     if config.eval.eval_strategy != "no" and config.data.validation_split > 0 and not len(plan.held_out):
         around.say("Nothing is held out, since there is only one row: there will be no held-out loss.")

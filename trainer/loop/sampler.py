@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 import profiles
+from trainer.data.loader import BadRow, read_row
 from trainer.data.plain_text import TextEncoder
 from trainer.data.render import Renderer, own_template
 from trainer.launch import Prompt
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_PROMPTS = 3
 OPENING_TOKENS = 32
 FOLLOWING_TOKENS = 96
+ANY_ID = 2**31  # these tokens are read by a person, and by the model no sooner than it asks its own bound of them
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,17 @@ def default_questions(
     # the paths as they are now: the cache may have been made from another copy of the same bytes
     own = config.data.validation_dataset_path
     files = [own] if own and cache is not tokens.cache else [file.path for file in config.data.files]
-    found = []
-    for row in rows[:count]:
+    found: list[Question] = []
+    for row in rows:
+        if len(found) == count:
+            break
         file, _, index, piece = cache.place(int(row))
         if piece is not None:
-            found.append(continuation(tokenizer, cache.ids(int(row)).tolist()))
+            try:
+                ids, _ = read_row(cache, int(row), ANY_ID)
+            except BadRow:  # training says so when it comes by; a sample needs some row, not this one
+                continue
+            found.append(continuation(tokenizer, ids.tolist()))
             continue
         messages = messages_as_trained(config, prompt, worker, user_profiles, files[file], index)
         renderer = Renderer(tokenizer, cache.meta["chat_template"], prompt.date)

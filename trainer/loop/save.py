@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from trainer.files import write_json
 from trainer.loop import optim
 from trainer.refusal import Refusal
 
+MARGIN = 1.05  # tokenizer, manifest and headers beside the tensors
 Promoted = Callable[[], AbstractContextManager[set[int]]]
 """Steps of the run that are, or were, somebody's current model; none is promoted while the context is open."""
 
@@ -94,30 +98,58 @@ class Saver:
         self._damaged = damaged  # steps that the resume passed over: they count for nothing among those kept
         self._promoted = promoted  # asked at each pruning
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._failure: str | None = None  # what `wait` raises: why the newest save is not on the disk
+        self.wants_room = False  # the newest save failed for want of room on the disk
+        self.newest_step, self.needed_bytes = 0, 0  # the newest that was to be saved, and the room it needs
         self.last_seconds: float | None = None
 
-    def save(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None] = lambda: None) -> None:
-        """Start writing; returns at once unless the one before is still being written.
+    @property
+    def failed(self) -> bool:
+        """Whether the newest save is known to have gone wrong."""
+        return self._failure is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk has room for a checkpoint of the size of the newest one."""
+        return checkpoint.free_bytes(self._checkpoints) >= self.needed_bytes
+
+    def save(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None] = lambda: None) -> bool:
+        """Start writing; returns at once unless the one before is still being written. False where there is no room for it.
 
         `sync_curve` puts the metrics of all steps up to this one on the disk, where a resume from it needs them. That the
         save before could not be written was told as an alert; what counts now is this one.
         """
         self.join()
-        self._error = None
-        free = checkpoint.free_bytes(self._checkpoints)
-        if free < shot.size_bytes * 1.05:
-            raise Refusal(
-                f"The disk is full: the checkpoint of step {shot.step} needs {file_size(shot.size_bytes)}, "
-                f"{file_size(free)} is free. The checkpoints before it are whole."
-            )
+        self._failure, self.wants_room = None, False
+        self.newest_step, self.needed_bytes = shot.step, int(shot.size_bytes * MARGIN)
+        if not self.has_room:  # what a save that was cut off left takes some
+            with suppress(OSError):  # of a folder that is closed the writing will tell
+                checkpoint.put_back(self._checkpoints)
+                checkpoint.sweep(self._checkpoints)
+        if not self.has_room:
+            self.wants_room, self._failure = True, f"{self.room_words()} The checkpoints before it are whole."
+            return False
         self._thread = threading.Thread(target=self._write, args=(shot, pinned, sync_curve), name="saver")
         self._thread.start()
+        return True
+
+    def room_words(self) -> str:
+        """That the disk has no room for the checkpoint of the newest step that was to be saved, with both figures."""
+        free, step = checkpoint.free_bytes(self._checkpoints), self.newest_step
+        return f"The disk is full: the checkpoint of step {step} needs {file_size(self.needed_bytes)}, {file_size(free)} is free."
 
     def refuse(self, step: int, why: str) -> None:
         """Tell that `step` could not be saved; `wait` raises it, unless a later save goes well."""
         self.join()
-        self._error = OSError(0, why)
+        self._fail(step, why)
+
+    def _fail(self, step: int, why: str) -> None:
+        self._failure = f"The checkpoint could not be written: {why}. The ones before it are whole."
         self._events.append("alert", code="save", step=step, text=f"Saving step {step} went wrong: {why}.")
 
     def join(self) -> None:
@@ -130,15 +162,14 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise Refusal(
-                f"The checkpoint could not be written: {error.strerror or error}. The ones before it are whole."
-            )
+        if self._failure is not None:
+            why, self._failure = self._failure, None
+            raise Refusal(why)
 
     def _write(self, shot: Snapshot, pinned: set[int], sync_curve: Callable[[], None]) -> None:
         started = time.monotonic()
         self._sync(shot.step, sync_curve)
+        staging = None
         try:
             staging = checkpoint.new_staging(self._checkpoints, shot.step)
             self._write_model(staging / checkpoint.MODEL, shot.weights)
@@ -150,20 +181,15 @@ class Saver:
             self._events.append(
                 "checkpoint", step=shot.step, bytes=size, seconds=round(self.last_seconds, 3), best=best
             )
-        except OSError as error:
-            self._error = error
-            self._events.append(
-                "alert",
-                code="save",
-                step=shot.step,
-                text=f"Saving step {shot.step} went wrong: {error.strerror or error}",
-            )
         except Exception as error:  # a thread's edge: safetensors and transformers raise types of their own
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            self._error = OSError(0, first)
-            self._events.append(
-                "alert", code="save", step=shot.step, text=f"Saving step {shot.step} went wrong: {first}"
-            )
+            why = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            if staging is not None:  # what is there of it takes room that the next try needs
+                shutil.rmtree(staging, ignore_errors=True)
+            self.wants_room = _is_want_of_room(error)
+            if self.wants_room:
+                free = checkpoint.free_bytes(self._checkpoints)
+                why += f"; it needs {file_size(self.needed_bytes)}, {file_size(free)} is free"
+            self._fail(shot.step, why.rstrip("."))
         else:
             self._prune(shot.step, pinned)
 
@@ -201,6 +227,13 @@ class Saver:
             assert isinstance(self._trained, PreTrainedModel)
             self._trained.save_pretrained(str(target), state_dict=weights)
         self._tokenizer.save_pretrained(str(target))
+
+
+def _is_want_of_room(error: Exception) -> bool:
+    """Whether the disk, a quota or a limit on file sizes stood in the way; safetensors tells the number in its text alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return (int(told[1]) if number is None and told else number) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_optimizer(directory: Path) -> dict[str, torch.Tensor]:

@@ -32,16 +32,19 @@ class Word(IntEnum):
     END = 0
     STEP = 1
     HELD_OUT = 2
+    BAD_ROW = 3
+    BAD_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
 class Order:
-    """One order of the leader; `step`, `packs_each` and `rate` belong to STEP."""
+    """One order of the leader; `packs_each` and `rate` belong to STEP, `row` to a row that is left out from `step` on."""
 
     word: Word
     step: int = 0
     packs_each: int = 0
     rate: float = 0.0
+    row: int = 0
 
 
 class Lost(Refusal):
@@ -87,18 +90,19 @@ class Team:
     def order(self, order: Order) -> None:
         """Give all others an order; they wait for it in `hear`."""
         if self.size > 1:
-            words = torch.tensor([order.word, order.step, order.packs_each, order.rate], dtype=torch.float64)
+            figures = [order.word, order.step, order.packs_each, order.rate, order.row]
+            words = torch.tensor(figures, dtype=torch.float64)
             self._together(lambda: dist.broadcast(words, src=0))
 
     def hear(self) -> Order:
         """The leader's next order; a leader that is gone gives none any more, which is the end."""
-        words = torch.zeros(4, dtype=torch.float64)
+        words = torch.zeros(5, dtype=torch.float64)
         try:
             self._together(lambda: dist.broadcast(words, src=0))
         except Lost:
             return Order(Word.END)
-        word, step, packs_each, rate = words.tolist()
-        return Order(Word(int(word)), int(step), int(packs_each), rate)
+        word, step, packs_each, rate, row = words.tolist()
+        return Order(Word(int(word)), int(step), int(packs_each), rate, int(row))
 
     # -- sums over all processes
 

@@ -36,6 +36,7 @@
       button("Use this model", () => board.panels.open("Checkpoints")),
       hasRows && button(`Rows of step ${n.count(end.step)}`, () => board.panels.showRows(end.step)),
       state === "failed" && button("Copy report", copy),
+      status.processes > 1 && state !== "finished" && el("span.sb-help", `Of ${status.processes} processes: resumed by torchrun alone.`),
     ].filter(Boolean);
   }
 

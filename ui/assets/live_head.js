@@ -148,13 +148,13 @@
 
   function news(model, before) {
     const n = signalbox.numbers, loss = model.last(model.smoothed);
-    const counted = (kind) => {
-      const count = model.events.filter((event) => event.t > before.at && event.kind === kind).length;
-      return count > 0 && `${count} ${kind}${count === 1 ? "" : "s"}`;
+    const counted = (word, ...kinds) => {
+      const count = model.of(word, ...kinds).filter((event) => event.t > before.at).length;
+      return count > 0 && `${count} ${word}${count === 1 ? "" : "s"}`;
     };
     const moved = before.loss !== null && Number.isFinite(loss) && `loss ${n.loss(before.loss)} → ${n.loss(loss)}`;
     const steps = `${n.count(Math.max(model.fast.step - before.step, 0))} steps`;
-    return [steps, moved, counted("checkpoint"), counted("alert")].filter(Boolean);
+    return [steps, moved, counted("checkpoint"), counted("alert", "bad_row")].filter(Boolean);
   }
 
   // a browser may forbid storage; then nobody is greeted, and nothing else is lost

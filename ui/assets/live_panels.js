@@ -5,7 +5,7 @@
   const { el, button, send, say } = signalbox;
   const TABS = ["Samples", "Rows", "Log", "Settings", "Checkpoints"];
   const LOG_LINES = 500;
-  const ALARMS = ["alert", "oom_rung", "rewind"];
+  const ALARMS = ["alert", "oom_rung", "rewind", "bad_row"];
   // kind of event -> how it is told in the Events box; kinds that are missing here are told elsewhere or not at all
   const TOLD = {
     started: () => "started",
@@ -17,6 +17,7 @@
     sample: (e, n) => `samples at ${n.count(e.step)}`,
     oom_rung: (e, n) => `out of memory at ${n.count(e.step)}, went on smaller`,
     rewind: (e, n) => `went back to ${n.count(e.step)}`,
+    bad_row: (e, n) => `${e.file} line ${n.count(e.line)} left out from ${n.count(e.step)} on`,
     pausing: (e) => `pause asked by ${e.by}`,
     stopping: (e) => `stop asked by ${e.by}`,
     paused: (e, n) => `paused at ${n.count(e.step)}`,

@@ -85,10 +85,6 @@ window.signalbox.numbers = (() => {
     return two(Math.floor(hours / 24), "d", hours % 24, "h");
   });
   const pad = (value) => String(value).padStart(2, "0");
-  const timer = finite((seconds) => {
-    const whole = Math.floor(Math.max(seconds, 0));
-    return `${Math.floor(whole / 3600)}:${pad(Math.floor(whole / 60) % 60)}:${pad(whole % 60)}`;
-  });
   const eta = (remaining, step) => {
     const value = number(remaining);
     return step < 20 || value === null || !Number.isFinite(value) ? "estimating" : `about ${duration(value)}`;
@@ -104,5 +100,5 @@ window.signalbox.numbers = (() => {
     const year = at.getFullYear() === now.getFullYear() ? "" : ` ${at.getFullYear()}`;
     return `${at.getDate()} ${MONTHS[at.getMonth()]}${year} ${hour}`;
   };
-  return { number, memory, disk, loss, rate, grad_norm, count, percent, speed, duration, timer, eta, when };
+  return { number, memory, disk, loss, rate, grad_norm, count, percent, speed, duration, eta, when };
 })();

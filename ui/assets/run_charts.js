@@ -63,7 +63,7 @@
   function signs(model, at, ink, breaks, unsoundPoints) {
     const place = (events, text) => events.map((event) => ({ x: at.ofStep(event.step), text: text(event) }));
     const saved = place(model.of("checkpoint"), ({ step }) => `saved, step ${step}`);
-    const alerts = place(model.of("alert").filter(({ step }) => step > 0), ({ text, code }) => text ?? code);
+    const alerts = place(model.of("alert", "bad_row").filter(({ step }) => step > 0), ({ text, code }) => text ?? code);
     const broken = place(breaks, ({ kind, step }) => `${BREAKS[kind]}, step ${step}`);
     return [
       marks("saved", saved, 0, "line-ns-open", ink.help, 9),
