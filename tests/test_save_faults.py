@@ -55,8 +55,11 @@ def saving(model_dir: Path, lora: bool) -> Callable[[Root, int], None]:
             else copy_to_host({name: torch.full_like(t, float(step)) for name, t in model.state_dict().items()})
         )
         shot = Snapshot(step, weights, {"states": torch.full((8,), float(step))}, {"step": step, "best_step": None})
-        (root / "checkpoints").mkdir(exist_ok=True)
-        events = EventLog(root / "events.jsonl")
+        try:
+            (root / "checkpoints").mkdir(exist_ok=True)
+            events = EventLog(root / "events.jsonl")
+        except OSError as error:  # the life is opened before there is a saver; it says this
+            raise Refusal(f"The run's folder cannot be written: {error.strerror}. Nothing was started.") from None
         saver = Saver(root / "checkpoints", events, trained, tokenizer, model_dir, keep=2)
         try:
             saver.save(shot, set())
