@@ -57,8 +57,8 @@ class Place:
 
     `stops_at` is the step at which a stop or a pause ends the run, `saves_at` that which a checkpoint saves (None: refused
     there); `ends` where the command comes too late to be anything but finished. `always` is arranged in each life of the run
-    and in that of the unbroken one, but with `forgets` not in that which a stopped run is compared with: memory that ran out
-    right before a stop is not remembered.
+    and in that of the unbroken one, but after the commands in `forgets` not in that which the run is compared with: that
+    memory ran out is remembered by what is saved afterwards. `leaves`: a stop ends it without waiting for what holds it.
     """
 
     name: str
@@ -70,7 +70,8 @@ class Place:
     settings: dict[str, Any] = field(default_factory=dict)
     always: Callable[[Patch], None] | None = None
     ends: bool = False
-    forgets: bool = False
+    forgets: frozenset[str] = frozenset()
+    leaves: bool = False
 
 
 class AtStep:
@@ -285,7 +286,7 @@ def freeing(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
 
 SAVES = {"output": {"save_steps": 2, "save_total_limit": 9}}
 PLACES = (
-    Place("tokenising", "tokenise", tokenising, 0, None, state="preparing"),
+    Place("tokenising", "tokenise", tokenising, 0, None, state="preparing", leaves=True),
     Place("loading", "load", loading, 0, None, state="preparing"),
     Place("held-out check before step 1", "eval", held_out(0), 0, 1),
     Place("between steps", "train", between_steps, AT, AT),
@@ -303,7 +304,15 @@ PLACES = (
         AT + 1,
         settings={"output": {"save_steps": AT, "save_total_limit": 9}},
     ),
-    Place("out of memory: the ladder", "train", out_of_memory, AT - 1, AT, always=short_in_forward),
+    Place(
+        "out of memory: the ladder",
+        "train",
+        out_of_memory,
+        AT - 1,
+        AT,
+        always=short_in_forward,
+        forgets=frozenset({"stop-now"}),
+    ),
     Place(
         "out of memory in the update",
         "train",
@@ -312,7 +321,7 @@ PLACES = (
         AT,
         settings=SAVES,
         always=short_in_update,
-        forgets=True,
+        forgets=frozenset({"stop", "pause", "stop-now"}),
     ),
     Place(
         "rewinding",
