@@ -28,7 +28,7 @@ test: $(VENV)/.test
 long: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 
-# about two hours: kills, failed file calls, power loss, damage, two people in random order; the table at the end is docs/reliability.md's
+# about an hour and a half: kills, failed file calls, power loss, damage, two people in random order; the table at the end is docs/reliability.md's
 torture: $(VENV)/.test
 	$(BIN)/python -m pytest -m torture -v
 
