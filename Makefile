@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test long gpu qlora check screenshots bench bench-train settings clean
+.PHONY: run test long torture gpu qlora check screenshots bench bench-train settings clean
 
 # the environment is made again whenever the dependencies change
 $(VENV)/.run: pyproject.toml
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 # minutes to hours: every mutant, every stop step, every browser path
 long: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+
+# about an hour and a half: kills, failed file calls, power loss, damage, two people in random order; the table at the end is docs/reliability.md's
+torture: $(VENV)/.test
+	$(BIN)/python -m pytest -m torture -v
 
 # on a machine with a GPU that torch can use
 gpu: $(VENV)/.test

@@ -21,6 +21,9 @@ from typing import Any
 
 import pytest
 
+from tests.figures import figures, pytest_terminal_summary  # noqa: F401  (a fixture and a hook)
+
+pytest.register_assert_rewrite("tests.states_people", "tests.sweeps", "tests.stop_places")
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "ui" / "assets"
 START_S = 90.0

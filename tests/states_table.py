@@ -1,11 +1,14 @@
 """The state table of docs/architecture.md once more, written by hand, and what it makes of a house with two people.
 
-Nothing here is read from the product: tests/test_states_model.py holds the product to it.
+Nothing here is read from the product: tests/test_states_model.py holds the product, and the page's own words, to it.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+
+from tests.conftest import ROOT
 
 TABLE: dict[str, set[str]] = {
     "queued": {"move", "remove"},
@@ -150,3 +153,15 @@ class Model:
         run.enter({"pause": "paused", "finish": "finished"}.get(how, "stopped"))
         if how == "pause" and self.queue and run.wish is not None:
             self.held_by = run.wish[1]
+
+
+def section() -> str:
+    """What the documentation says of states."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    return text.split("## States")[1].split("\n## ")[0]
+
+
+def diagram() -> list[tuple[str, str, str]]:
+    """(state, next state, what leads there) of the documentation's picture."""
+    arrow = re.compile(r"^ {4}(\S+) --> (\S+): (.+)$", re.MULTILINE)
+    return [(found[1], found[2], found[3]) for found in arrow.finditer(section().split("```")[1])]

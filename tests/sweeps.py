@@ -21,7 +21,8 @@ HOWS = ("kill", "ENOSPC", "EIO", "EACCES")
 class Case:
     """Something done to a folder. `held` checks the promises whatever came of it, `done` that it came through.
 
-    `refuses`: there is no edge above it that knows an OSError, so it must raise a Refusal.
+    `refuses`: there is no edge above it that knows an OSError, so it must raise a Refusal. `recover` is what happens next
+    after it was cut off, a life that puts things right or a person who asks again; None: the same once more.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     held: Callable[[Root], None]
     done: Callable[[Root], None]
     refuses: bool = False
+    recover: Callable[[Root], Any] | None = None
 
 
 def in_words(error: BaseException | str | None, refusal_only: bool = False) -> None:
@@ -112,3 +114,43 @@ def sweep(case: Case, tmp_path: Path, thorough: bool, stride: int = 1) -> int:
             raise
         tries += 1
     return tries
+
+
+def compound(case: Case, tmp_path: Path, stride: int = 1, more: int = 1) -> tuple[int, int]:
+    """Fail a call of the case, then each call of what follows from that; returns how many (first faults, tries) there were.
+
+    The first fault is at every `stride`th call, the second at every `more`th, each in one way in turn: all ways of both at
+    all calls would be hours. Then it is done once more on a disk that works.
+    """
+    template, broken = tmp_path / "template", tmp_path / "broken"
+    template.mkdir()
+    case.prepare(template)
+    recover = case.recover or case.work
+    count, firsts, tries = calls_of(fresh(tmp_path, template), case.work).seen, 0, 0
+    for first in range(1, count + 1, stride):
+        how = HOWS[first % len(HOWS)]
+        root = fresh(tmp_path, template)
+        outcome(root, case.work, first, how)
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(root, broken)
+        firsts += 1
+        for second in range(1 + first % more, calls_of(root, recover).seen + 1, more):
+            then = HOWS[(first // len(HOWS) + second) % len(HOWS)]  # so that all pairs of ways come
+            _fail_again(case, recover, fresh(tmp_path, broken), (first, how), (second, then))
+            tries += 1
+    return firsts, tries
+
+
+def _fail_again(
+    case: Case, recover: Callable[[Root], Any], root: Root, first: tuple[int, str], second: tuple[int, str]
+) -> None:
+    """One try of `compound`: `first` and `second` are (call, how)."""
+    came_of_it = outcome(root, recover, *second)
+    try:
+        in_words(came_of_it, case.refuses)
+        case.held(root)
+        recover(root)
+        case.held(root)
+    except BaseException:
+        print(f"{case.name}: call {first[0]}, {first[1]}; then call {second[0]}, {second[1]}: {came_of_it!r}")
+        raise

@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.figures import Note
+
+# columns of the table, and the word by which tests/kill_loop.py tells such a violation
+KINDS = {"lost": " is lost", "failed_resumes": "resume failed", "differences": "differs from the unbroken run"}
 
 
 def kill(place: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -31,8 +35,18 @@ def test_fifty_kills_lose_no_acknowledged_checkpoint_and_fail_no_resume(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("seed", [2, 3])
-def test_five_hundred_kills_lose_no_acknowledged_checkpoint_and_fail_no_resume(tmp_path: Path, seed: int) -> None:
+def test_five_hundred_kills_lose_no_acknowledged_checkpoint_and_fail_no_resume(
+    tmp_path: Path, seed: int, figures: Note
+) -> None:
     report = kill(tmp_path, 500, seed=seed)
+    done = (
+        f"`kill -9`, {report['in_a_save']} of them into a save; {report['runs']} runs, {report['lives']} lives, "
+        f"{report['acknowledged']:,} checkpoints acknowledged, {report['damaged']} damaged by us"
+    )
+    broken = report["violations"]
+    counts = {name: sum(word in text for text in broken) for name, word in KINDS.items()}
+    figures(f"Kill, 500 (seed {seed})", done, tried=report["kills"], **counts)
     assert report["violations"] == []
     assert report["kills"] >= 500 and report["in_a_save"] >= 50 and report["damaged"] >= 20, report

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from tests.figures import Note
 from tests.kill_loop import WorkerHere
 from tests.tiny import tiny_model_dir
 from trainer import checkpoint, metrics, telemetry
@@ -51,7 +52,8 @@ def same(found: np.ndarray, wanted: np.ndarray) -> bool:
     return found.tobytes() == wanted.tobytes()
 
 
-def test_metrics_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(copy: RunDir) -> None:
+@pytest.mark.torture
+def test_metrics_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(copy: RunDir, figures: Note) -> None:
     content, width = copy.metrics.read_bytes(), metrics.RECORD.itemsize
     records = np.frombuffer(content, metrics.RECORD)
     assert len(records) >= 3
@@ -67,9 +69,11 @@ def test_metrics_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(
         writer.close()
         found = read_metrics(copy.metrics)
         assert same(found[:kept], records[:kept]) and found[kept:]["step"].tolist() == [kept + 1]
+    figures("Torn files: metrics.bin", "cut at every byte, then appended to", tried=len(content) + 1, lost=0)
 
 
-def test_rows_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(copy: RunDir) -> None:
+@pytest.mark.torture
+def test_rows_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(copy: RunDir, figures: Note) -> None:
     content, width = copy.rows.read_bytes(), metrics.ROW_RECORD.itemsize
     records = np.frombuffer(content, metrics.ROW_RECORD)
     for cut in range(len(content) + 1):
@@ -83,9 +87,11 @@ def test_rows_cut_at_every_byte_keep_their_whole_records_and_are_appended_to(cop
         writer.close()
         assert read_rows(copy.rows, 4)[-1] == (77, 1.5, 3)
         assert copy.rows.stat().st_size % width == 0
+    figures("Torn files: rows.bin", "cut at every byte, then appended to", tried=len(content) + 1, lost=0)
 
 
-def test_telemetry_cut_at_every_byte_keeps_its_whole_records_and_is_appended_to(copy: RunDir) -> None:
+@pytest.mark.torture
+def test_telemetry_cut_at_every_byte_keeps_its_whole_records_and_is_appended_to(copy: RunDir, figures: Note) -> None:
     content, width = copy.telemetry.read_bytes(), telemetry.RECORD.itemsize
     records = np.frombuffer(content, telemetry.RECORD)
     for cut in range(len(content) + 1):
@@ -97,9 +103,11 @@ def test_telemetry_cut_at_every_byte_keeps_its_whole_records_and_is_appended_to(
         writer.stop()
         found = metrics.map_records(copy.telemetry, telemetry.RECORD)
         assert same(found[:kept], records[:kept]) and len(found) == kept + 2
+    figures("Torn files: telemetry.bin", "cut at every byte, then appended to", tried=len(content) + 1, lost=0)
 
 
-def test_events_cut_at_every_byte_keep_their_whole_lines_and_are_appended_to(copy: RunDir) -> None:
+@pytest.mark.torture
+def test_events_cut_at_every_byte_keep_their_whole_lines_and_are_appended_to(copy: RunDir, figures: Note) -> None:
     content = copy.events.read_bytes()
     events = all_events(copy.events)
     assert len(events) > 15
@@ -114,6 +122,7 @@ def test_events_cut_at_every_byte_keep_their_whole_lines_and_are_appended_to(cop
         assert found[:kept] == events[:kept] and len(found) == kept + 1 and found[-1]["n"] == number == kept + 1
         if cut % 50 == 0:
             assert status(copy).state in ("queued", "interrupted", "stopped")
+    figures("Torn files: events.jsonl", "cut at every byte, then appended to", tried=len(content) + 1, lost=0)
 
 
 Harm = Callable[[bytes, random.Random], bytes]
@@ -195,9 +204,10 @@ def test_a_piece_that_could_not_be_cut_off_costs_no_later_event(copy: RunDir, mo
     assert [event["text"] for event in all_events(copy.events)[before:]] == ["kept", "too"]
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_whose_files_are_all_torn_or_zeroed_is_resumed_to_its_end(
-    whole: tuple[Workspace, RunDir], tmp_path: Path, seed: int
+    whole: tuple[Workspace, RunDir], tmp_path: Path, seed: int, figures: Note
 ) -> None:
     workspace, original = whole
     unbroken = RunDir(tmp_path / "unbroken")
@@ -218,3 +228,6 @@ def test_a_run_whose_files_are_all_torn_or_zeroed_is_resumed_to_its_end(
         return [(float(r["step"]), float(r["loss"])) for r in read_metrics(run.metrics) if r["step"] > saved]
 
     assert later(torn) == later(unbroken) and len(later(torn)) == STEPS - saved
+    figures(
+        "Torn files: all of a run", "cut or zeroed, then resumed to its end", tried=1, failed_resumes=0, differences=0
+    )

@@ -282,8 +282,9 @@ def _train(
             outcome = training.loop()
             del training
     except Left:
-        wish = life.signals.wish
-        return "paused" if wish.end == "pause" else "stopped", {"step": found.step if found else 0, "by": wish.by}
+        wish, saved = life.signals.wish, found.step if found else None
+        ended = {"step": saved or 0, "by": wish.by, "saved_step": saved}
+        return "paused" if wish.end == "pause" else "stopped", ended
     return outcome.kind, {"step": outcome.step, "memory_before_gib": used_gib(gpu), **outcome.fields}
 
 
