@@ -1,6 +1,6 @@
 """What the Models page asks for: the model folders with their reports, and the starter model.
 
-Called by `ui/server.py` and `ui/pages/models.py`; the inspector itself runs in the worker.
+Called by `ui/server.py` and `ui/pages/models.py`; both verdicts are made in the worker.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from trainer.jobs import JobHandle
+from trainer.models.full_report import full_report
 from ui.guard import guarded
 from ui.numbers import disk
 from ui.replies import json_reply
@@ -23,7 +24,6 @@ from ui.report import model_view
 from ui.shelf import Check, Item, Shelf
 from ui.site import Site
 
-CHECK_LIMIT_S = 3600.0
 STARTER_LIMIT_S = 600.0
 STARTER = "starter"
 
@@ -38,9 +38,10 @@ def models_shelf(site: Site) -> Shelf:
         deep = options.get("deep") is True
 
         def work(handle: JobHandle) -> dict[str, Any]:
-            return site.worker.call(
-                "check_model", timeout_s=CHECK_LIMIT_S, on_progress=handle.progress, cancelled=handle.cancelled,
-                path=str(item.path), deep=deep,
+            return full_report(
+                site.worker.call, item.path, deep=deep, layouts=site.workspace.layouts,
+                on_headers=lambda report: handle.write(True, result=report, text="headers read, comparing shapes"),
+                on_progress=handle.progress, cancelled=handle.cancelled,
             )  # fmt: skip
 
         return work
