@@ -169,21 +169,22 @@ def scratch(tmp_path: Path) -> Path:
     return memory / f"signalbox-{os.getpid()}.safetensors"
 
 
-def test_eight_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
+def test_twenty_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
     try:
-        good, doubled = compare(8_000, 1, scratch)
+        good, doubled = compare(20_000, 1, scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    assert good > 600 and doubled > 8 and 8_000 - good > 4_000, (good, doubled)
+    assert good > 1_500 and doubled > 20 and 20_000 - good > 10_000, (good, doubled)
 
 
 @pytest.mark.slow
-def test_two_hundred_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
+def test_a_million_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
     try:
-        good, doubled = compare(200_000, 2, scratch)
+        good, doubled = compare(1_000_000, 2, scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    assert good > 15_000 and doubled > 100, (good, doubled)
+    print(f"1,000,000 mutants: {good:,} good, {doubled:,} with a name twice, no other disagreement")
+    assert good > 75_000 and doubled > 1_000, (good, doubled)
 
 
 @pytest.mark.parametrize(

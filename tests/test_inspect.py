@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.both_verdicts import judged
 from tests.damage import (
     EMBED,
     INDEX,
@@ -155,7 +156,7 @@ def test_a_placeholder_for_images_beyond_the_rows_is_only_a_warning(copy_of_mode
         (set_config(_attn_implementation="eager"), "attn_implementation"),
         (set_config(_attn_implementation_internal="someone/kernel"), "attn_implementation"),
         (set_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised"),
-        (set_config(num_hidden_layers=2), "extra_blocks"),
+        (set_config(num_hidden_layers=2), "extra_tensor"),
         (unlink("chat_template.jinja"), "no_chat_template"),
         (lambda p: change_json(p / "tokenizer_config.json", pad_token="<|im_end|>"), "pad_is_eos"),
         (lambda p: change_json(p / "tokenizer_config.json", eos_token=None), "no_eos_token"),
@@ -167,7 +168,7 @@ def test_what_a_person_should_know_is_a_warning(
 ) -> None:
     path = copy_of_model("single")
     damage(path)
-    report = inspect_model(path)
+    report = judged(path)
     assert codes(report) == [] and [item["code"] for item in report["warnings"]] == [code]
 
 
@@ -198,7 +199,7 @@ def test_a_base_is_found_in_the_roots_or_asked_for(copy_of_model: Callable[[str]
     report = inspect_model(path, model_roots=[elsewhere])
     assert codes(report) == ["no_weights"] and "base model" in report["problems"][0]["message"]
     tiny_model_dir(elsewhere / "tiny-llama", "llama", hidden=96)
-    assert codes(inspect_model(path, model_roots=[elsewhere])) == ["adapter_does_not_fit"]
+    assert codes(judged(path, model_roots=[elsewhere])) == ["adapter_does_not_fit"]
 
 
 @pytest.mark.parametrize(
@@ -301,4 +302,4 @@ def test_each_fault_that_loading_would_pass_over_really_loads(copy_of_model: Cal
     change_tensors(pop(UP))(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.model.layers[1].mlp.up_proj.weight.isfinite().all()
-    assert codes(inspect_model(path)) == ["missing_tensor"]
+    assert codes(judged(path)) == ["missing_tensor"]

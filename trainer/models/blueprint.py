@@ -105,7 +105,9 @@ def difference(model: PreTrainedModel, layout: Layout, tensors: dict[str, Tensor
     model._adjust_missing_and_unexpected_keys(info)
     other = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info.mismatched_keys}
     bad = info.missing_keys | other.keys() | info.conversion_errors.keys()
-    found = Difference(extra=sorted(info.unexpected_keys | set(odd)))
+    # constants that older releases saved and this one makes anew
+    constants = {name for name, _ in model.named_buffers()}
+    found = Difference(extra=sorted(info.unexpected_keys - constants | set(odd)))
     explained: set[str] = set()
     for name, shape in layout.tensors.items():
         hit = targets(name) & bad if bad else set()

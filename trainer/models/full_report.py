@@ -34,8 +34,7 @@ def full_report(
     `trainer.models.inspect.inspect_model` has it; "facts" also holds "shapes" (as expected, differ, unknown) and
     "shapes_why". Raises what `ask` raises; a shape verdict that cannot be had is "unknown".
     """
-    where: dict[str, Any] = {"path": str(path)}
-    judged = where | {"model_roots": [str(root) for root in model_roots]}
+    judged: dict[str, Any] = {"path": str(path), "model_roots": [str(root) for root in model_roots]}
     judged["layouts"] = str(layouts) if layouts is not None else None
     report: Report = ask("check_model", timeout_s=HEADERS_S, deep=deep, **judged, **options)
     facts = report["facts"]
@@ -44,7 +43,8 @@ def full_report(
         on_headers(report)
     if file:
         rows = facts.get("embedding_rows") or facts.get("vocab_size")
-        trial = _or_warning(_stuck, ask, "try_tokenizer", TRIAL_S, **where, rows=rows, file=file, **options)
+        place = str(facts.get("base_path") or path)
+        trial = _or_warning(_stuck, ask, "try_tokenizer", TRIAL_S, path=place, rows=rows, file=file, **options)
         report = _joined(report, trial)
     if facts.get("shapes") == "due":
         report = _joined(report, _or_warning(_not_had, ask, "check_shapes", SHAPES_S, **judged, **options))
@@ -72,10 +72,10 @@ def _joined(report: Report, more: Report) -> Report:
 
 
 def _tokenizer_to_try(report: Report) -> str | None:
-    """The file to name for the tokenizer; None where there is none, or one that is known to be broken."""
+    """The file to name for the tokenizer; None where there is none, or it or config.json is known to be broken."""
     files = report["facts"].get("tokenizer_files") or []
     broken = {problem["file"] for problem in report["problems"]}
-    return files[0] if files and not broken & {*files, "tokenizer.json", "merges.txt"} else None
+    return files[0] if files and not broken & {*files, "config.json", "tokenizer.json", "merges.txt"} else None
 
 
 def _stuck(why: str) -> Report:

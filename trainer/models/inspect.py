@@ -138,13 +138,13 @@ def _inspect_adapter(folder: ModelFolder, deep: bool, roots: Sequence[Path], fin
         findings.facts[fact] = below.facts.get(fact)
     findings.facts["tokenizer_files"] = below.facts.get("tokenizer_files", [])
     findings.facts["base_facts"] = below.facts
-    known = not findings.problems and weights is not None and weights.headers and below.facts["shapes"] != "unknown"
-    findings.facts["shapes"] = "due" if known else "unknown"
     for found, note in ((below.problems, findings.problem), (below.warnings, findings.warn)):
         for item in found:
             note(item["code"], item["file"], f"in the base model: {item['message']}", item["fix"])
     if weights is not None and base_weights is not None:
         check_fit(weights.tensors, base_weights.tensors, findings)
+    known = not findings.problems and weights is not None and weights.headers and below.facts["shapes"] != "unknown"
+    findings.facts["shapes"] = "due" if known else "unknown"
 
 
 def _not_a_folder(path: Path, findings: Findings) -> str:

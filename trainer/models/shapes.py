@@ -19,7 +19,7 @@ from trainer.models.architecture import check_config
 from trainer.models.blueprint import Difference, Unbuildable, build, difference, input_embedding, layout_of
 from trainer.models.findings import Findings, listed
 from trainer.models.folder import ModelFolder
-from trainer.models.layout import Layout, keep_layout, layout_key
+from trainer.models.layout import Layout, keep_layout, layout_key, matches
 from trainer.models.weights import SAFETENSORS_INDEX, Weights, find_weights
 
 PLAIN_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
@@ -93,6 +93,8 @@ def _check_full(folder: ModelFolder, findings: Findings, layouts: Path | None) -
     layout = layout_of(model)
     if layouts is not None:
         keep_layout(layouts, layout_key(config), layout)
+    if matches(layout, weights.tensors):
+        return
     found = difference(model, layout, weights.tensors)
     if config.get("quantization_config"):
         found = _without_packed(found, layout, weights)
