@@ -105,8 +105,9 @@ def difference(model: PreTrainedModel, layout: Layout, tensors: dict[str, Tensor
     model._adjust_missing_and_unexpected_keys(info)
     other = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info.mismatched_keys}
     bad = info.missing_keys | other.keys() | info.conversion_errors.keys()
-    # constants that older releases saved and this one makes anew
+    # constants that older releases saved and this one makes anew; a single number is no layer's weight either
     constants = {name for name, _ in model.named_buffers()}
+    constants |= {name for name, info in tensors.items() if info.elements == 1}
     found = Difference(extra=sorted(info.unexpected_keys - constants | set(odd)))
     explained: set[str] = set()
     for name, shape in layout.tensors.items():
