@@ -223,7 +223,9 @@ def test_a_good_folder_raises_no_alarm_and_stays_as_it_is(name: str, tmp_path: P
     assert contents(tmp_path) == before, "the check changed the folder"
     if report["kind"] == "full" and "pickle_weights" not in warned:
         model, loaded = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-        assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+        assert not loaded["missing_keys"] and not loaded["mismatched_keys"]
+        # transformers forgot this single number of its own
+        assert not [name for name in loaded["unexpected_keys"] if not name.endswith("masked_bias")]
 
 
 def test_a_folder_that_may_not_be_written_is_checked_all_the_same(tmp_path: Path) -> None:

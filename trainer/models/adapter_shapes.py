@@ -66,7 +66,7 @@ def _load(
                 name: torch.empty(expected.get(name, shape), device="meta")  # shapes are judged by the caller
                 for name, shape in shapes.items()
             }
-            result = set_peft_model_state_dict(model, given, low_cpu_mem_usage=True)
+            result: Any = set_peft_model_state_dict(model, given, low_cpu_mem_usage=True)
     except REFUSED as error:
         raise Unbuildable(error) from error
     plain = [name.replace(".default.", ".") for name in result.missing_keys if "lora_" in name]

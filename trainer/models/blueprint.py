@@ -40,11 +40,11 @@ REFUSED = (
 
 
 class Unbuildable(Exception):
-    """transformers cannot build this config; `reason` is its own first line."""
+    """transformers or peft cannot build this; `reason` is the first sentence that it says."""
 
     def __init__(self, error: BaseException) -> None:
         told = str(error).strip() or type(error).__name__
-        self.reason = " ".join(told.split())[:240].rstrip(".")
+        self.reason = " ".join(told.split()).split(". ")[0][:240].rstrip(".:")
         super().__init__(self.reason)
 
 
@@ -93,7 +93,7 @@ def difference(model: PreTrainedModel, layout: Layout, tensors: dict[str, Tensor
 
     The model is spoilt by it. Names are those of the files: a fused tensor that lacks one expert names that expert.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping: Any = get_model_conversion_mapping(model)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     targets = _targets(model, mapping, set(expected))
     state, odd = _as_meta(tensors)
