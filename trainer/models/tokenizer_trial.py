@@ -22,6 +22,9 @@ TALK = [
     {"role": "assistant", "content": "Rome."},
 ]
 AGAIN = "Download the tokenizer files of the same model again."
+LIBRARY = (
+    "Download tokenizer.json of the same model too, or install sentencepiece (or tiktoken, for files of that kind)."
+)
 
 
 def try_tokenizer(path: Path, rows: int | None, file: str) -> dict[str, Any]:
@@ -34,7 +37,8 @@ def try_tokenizer(path: Path, rows: int | None, file: str) -> dict[str, Any]:
         tokenizer = load_tokenizer(path)
     except Refusal as refusal:
         message = refusal.message[:1].lower() + refusal.message[1:].rstrip(".")
-        findings.problem("tokenizer_does_not_load", file, message, AGAIN)
+        fix = LIBRARY if file.endswith((".model", ".tiktoken")) else AGAIN
+        findings.problem("tokenizer_does_not_load", file, message, fix)
     else:
         vocabulary = tokenizer.get_vocab()
         findings.facts["tokens"] = len(vocabulary)
