@@ -206,6 +206,7 @@ def test_a_million_mutants_get_the_verdict_of_the_library(scratch: Path) -> None
         (frame('{"a":' + TENSOR.replace("[0,4]", "[4,8]") + "}", b"\0" * 8), "hole"),
         (frame('{"a":' + TENSOR + ',"b":' + TENSOR + "}"), "overlap"),
         (frame('{"a":' + TENSOR.replace("[0,4]", "[0,0]").replace("[0,0]", "[4,0]") + "}"), "hole"),
+        (frame('{"a":' + TENSOR + ',"b":' + TENSOR.replace("[0,4]", "[4,2]") + "}"), "bad_offsets"),
         (frame('{"__metadata__":{"a":1},"b":' + TENSOR + "}"), "bad_metadata"),
         (frame('{"a":' + TENSOR + "}", b"123"), "truncated"),
         (frame('{"a":' + TENSOR + "}", b"12345"), "trailing_bytes"),
