@@ -143,7 +143,8 @@ def main() -> int:
             rows.append(row)
             print(
                 f"{name}: {files} shards, {row['gb']:.0f} GB, {len(tensors):,} tensors; headers {row['header_s']:.3f} s "
-                f"(worst {row['header_worst_s']:.3f}, processor {row['header_cpu_s']:.3f}); both verdicts {row['shapes_new_s']:.1f} s, "
+                f"(worst {row['header_worst_s']:.3f}, processor {row['header_cpu_s']:.3f}); "
+                f"both verdicts {row['shapes_new_s']:.1f} s, "
                 f"with the layout kept {row['shapes_kept_s']:.2f} s",
                 flush=True,
             )

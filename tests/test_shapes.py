@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -72,7 +73,7 @@ def test_every_architecture_that_transformers_knows_agrees_with_its_own_layout()
         try:
             config = plain(CONFIG_MAPPING[kind]())
             model = build(config)
-        except (Unbuildable, ValueError, TypeError) as error:
+        except (Unbuildable, StrictDataclassError, ValueError, TypeError) as error:
             unbuilt.append(f"{kind}: {error}")
             with torch.device("meta"), pytest.raises(Exception):  # noqa: B017 - each fails in its own way
                 AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
@@ -258,6 +259,19 @@ def test_the_worker_gives_the_same_verdict(copy_of_model: Callable[[str], Path],
     assert report == judged(path)
     assert codes(report) == ["missing_tensor"]
     assert [item["valid"] for item in first] == [True], "the headers alone do not show it, and come first"
+
+
+def test_check_model_says_it_on_the_command_line(copy_of_model: Callable[[str], Path]) -> None:
+    path = copy_of_model("single")
+    change_tensors(pop(UP))(path)
+    before = contents(path)
+    command = [sys.executable, "-m", "trainer", "check-model", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and done.stderr == ""
+    problem, shapes, last = done.stdout.splitlines()
+    assert problem.startswith("model.safetensors: a tensor is missing") and UP in problem
+    assert (shapes, last) == ("Names and shapes of the tensors: differ", f"Not valid: full, {path}")
+    assert contents(path) == before
 
 
 def test_a_verdict_that_takes_too_long_is_unknown_with_a_warning(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.routing import Route
 
 from trainer.jobs import JobHandle
 from trainer.models.full_report import full_report
+from trainer.worker import Cancelled
 from ui.guard import guarded
 from ui.numbers import disk
 from ui.replies import json_reply
@@ -30,6 +32,7 @@ STARTER = "starter"
 
 def models_shelf(site: Site) -> Shelf:
     """The model folders of the workspace and of its model roots."""
+    turn = threading.Lock()
 
     def items() -> list[Item]:
         return [_item(site, path) for path in site.workspace.models()]
@@ -38,8 +41,20 @@ def models_shelf(site: Site) -> Shelf:
         deep = options.get("deep") is True
 
         def work(handle: JobHandle) -> dict[str, Any]:
+            def ask(op: str, **args: Any) -> Any:
+                if op != "check_shapes":
+                    return site.worker.call(op, **args)
+                # one at a time: each holds a child for seconds that previews and data checks need too
+                while not turn.acquire(timeout=0.2):
+                    if handle.cancelled():
+                        raise Cancelled("Left before it began.")
+                try:
+                    return site.worker.call(op, **args)
+                finally:
+                    turn.release()
+
             return full_report(
-                site.worker.call, item.path, deep=deep, layouts=site.workspace.layouts,
+                ask, item.path, deep=deep, layouts=site.workspace.layouts,
                 on_headers=lambda report: handle.write(True, result=report, text="headers read, comparing shapes"),
                 on_progress=handle.progress, cancelled=handle.cancelled,
             )  # fmt: skip
