@@ -197,8 +197,10 @@ def test_the_layout_is_kept_by_the_hash_of_the_config(copy_of_model: Callable[[s
     (path / "config.json").write_text(json.dumps(config | {"_attn_implementation": "eager", "torch_dtype": "bfloat16"}))
     asked.clear()
     assert full_report(ask, path, layouts=kept)["valid"] and "check_shapes" not in asked, "the same architecture"
+    change_tensors(lambda tensors: tensors.update({UP: tensors[UP][:-1].copy()}))(path)
+    assert codes(full_report(ask, path, layouts=kept)) == ["shape_mismatch"], "other shapes are looked at anew"
     change_tensors(pop(UP))(path)
-    assert codes(full_report(ask, path, layouts=kept)) == ["missing_tensor"], "other weights are looked at anew"
+    assert codes(full_report(ask, path, layouts=kept)) == ["missing_tensor"], "and so are other names"
     change_json(path / "config.json", intermediate_size=256)
     assert "shape_mismatch" in codes(full_report(ask, path, layouts=kept)) and len(list(kept.iterdir())) == 2
 
