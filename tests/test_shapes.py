@@ -32,6 +32,7 @@ from trainer.models.full_report import full_report
 from trainer.models.headers import TensorInfo
 from trainer.models.inspect import inspect_model
 from trainer.models.layout import KEPT, Layout, keep_layout, layout_key, read_layout
+from trainer.models.load import load_model
 from trainer.worker import Worker, WorkerDied
 
 pytest_plugins = ("tests.model_fixtures",)
@@ -161,6 +162,16 @@ def test_neither_code_nor_kernel_nor_hub_is_followed(
         assert codes(report) == [] and report["facts"]["shapes"] == "as expected"
         assert {"auto_map", "attn_implementation"} <= {item["code"] for item in report["warnings"]}
         assert asked == [] and not (tmp_path / "canary").exists()
+
+
+def test_other_weight_files_than_were_checked_are_not_loaded(copy_of_model: Callable[[str], Path]) -> None:
+    path = copy_of_model("single")
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path / "other.safetensors")
+    set_config(transformers_weights="other.safetensors")(path)
+    assert codes(judged(path)) == ["other_weights"]
+    loaded = load_model(path, dtype=torch.float32, device="cpu").model
+    assert torch.equal(loaded.state_dict()[UP], tensors[UP]) and tensors[UP].any()
 
 
 def test_a_config_that_transformers_cannot_build_is_said_in_its_words(copy_of_model: Callable[[str], Path]) -> None:

@@ -148,6 +148,7 @@ def _check_quantisation(findings: Findings, config: Config) -> None:
     if not isinstance(quantisation, dict):
         return
     method = str(quantisation.get("quant_method"))[:60]
+    findings.facts["quantised"] = method
     bits = "4bit" if quantisation.get("load_in_4bit") else "8bit"
     methods = known.quantisations()
     if methods is not None and method not in methods and f"{method}_{bits}" not in methods:

@@ -134,7 +134,15 @@ def _inspect_adapter(folder: ModelFolder, deep: bool, roots: Sequence[Path], fin
         return
     below = Findings()
     base_weights = inspect_full(ModelFolder(base, roots, below), deep, below)
-    for fact in ("architectures", "model_type", "vocab_size", "max_positions", "tied", "has_chat_template"):
+    for fact in (
+        "architectures",
+        "model_type",
+        "vocab_size",
+        "max_positions",
+        "tied",
+        "has_chat_template",
+        "quantised",
+    ):
         findings.facts[fact] = below.facts.get(fact)
     findings.facts["tokenizer_files"] = below.facts.get("tokenizer_files", [])
     findings.facts["base_facts"] = below.facts
