@@ -4,6 +4,8 @@ never end. The worker's limits hold them."""
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.damage import change_json, codes, write_file
 from tests.worker_kit import LOOP
 from trainer.models import full_report as full_report_module
 from trainer.models.full_report import full_report
+from trainer.models.inspect import inspect_model
 from trainer.worker import Worker
 
 pytest_plugins = ("tests.model_fixtures",)
@@ -147,3 +150,58 @@ def test_padding_that_is_the_end_and_no_end_at_all_are_warnings(copy_of_model: C
     assert warned(judged(path)) == ["pad_is_eos"]
     change_json(path / "tokenizer_config.json", eos_token=None)
     assert "no_eos_token" in warned(judged(path))
+
+
+def test_a_setting_of_the_wrong_type_is_said_and_not_a_crash(copy_of_model: Callable[[str], Path]) -> None:
+    path = copy_of_model("single")
+    change_json(path / "tokenizer_config.json", model_max_length={"a": 1})
+    assert codes(judged(path)) == ["bad_tokenizer"]
+    path = copy_of_model("sharded")
+    change_json(path / "config.json", eos_token_id="two")
+    report = judged(path)
+    assert codes(report) == ["cannot_build"] and report["problems"][0]["file"] == "config.json"
+    assert "eos_token_id" in report["problems"][0]["message"] and report["facts"]["shapes"] == "unknown"
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    1.5,
+    2**40,
+    "",
+    "x" * 300,
+    "../..",
+    "\x00",
+    [],
+    {},
+    [None],
+    {"a": None},
+    {"a": {"b": [1]}},
+    [1, "a"],
+]
+
+
+def changed(value: Any, draw: random.Random, depth: int = 0) -> Any:
+    """JSON with one value, at any depth, replaced by an odd one."""
+    if isinstance(value, dict) and value and (depth < 1 or draw.random() < 0.6):
+        key = draw.choice(list(value))
+        return value | {key: changed(value[key], draw, depth + 1) if draw.random() < 0.4 else draw.choice(ODD)}
+    if isinstance(value, list) and value and draw.random() < 0.6:
+        at = draw.randrange(len(value))
+        return [*value[:at], changed(value[at], draw, depth + 1), *value[at + 1 :]]
+    return draw.choice(ODD)
+
+
+def test_no_content_of_the_json_files_makes_a_verdict_crash(good_models: dict[str, Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(good_models["single"].parent, tmp_path / "models"))
+    draw = random.Random(5)
+    files = [file for name in ("single", "sharded", "lora") for file in sorted((root / name).glob("*.json"))]
+    for number in range(300):
+        file = draw.choice(files)
+        source = file.read_bytes()
+        file.write_text(json.dumps(changed(json.loads(source), draw)), "utf-8")
+        judge = judged if number % 3 == 0 else inspect_model
+        report = judge(file.parent, model_roots=[root])
+        assert report["valid"] == (not report["problems"])
+        file.write_bytes(source)

@@ -47,6 +47,10 @@ def full_report(
         trial = _or_warning(_stuck, ask, "try_tokenizer", TRIAL_S, path=place, rows=rows, file=file, **options)
         report = _joined(report, trial)
     if facts.get("shapes") == "due":
+        if any(problem["file"] == "config.json" for problem in report["problems"]):
+            return report | {
+                "facts": report["facts"] | {"shapes": "unknown", "shapes_why": "config.json is not usable"}
+            }
         report = _joined(report, _or_warning(_not_had, ask, "check_shapes", SHAPES_S, **judged, **options))
     return report
 

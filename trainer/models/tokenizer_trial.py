@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from trainer.data.render import Renderer, own_template
 from trainer.data.tokens import load_tokenizer
 from trainer.models.findings import Findings
@@ -39,16 +41,27 @@ def try_tokenizer(path: Path, rows: int | None, file: str) -> dict[str, Any]:
         message = refusal.message[:1].lower() + refusal.message[1:].rstrip(".")
         fix = LIBRARY if file.endswith((".model", ".tiktoken")) else AGAIN
         findings.problem("tokenizer_does_not_load", file, message, fix)
+    except StrictDataclassError as error:  # transformers reads config.json too, to learn which tokenizer it is
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        message = f"transformers does not take config.json ({reason})"
+        findings.problem("cannot_build", "config.json", message, "Download config.json again.")
     else:
         vocabulary = tokenizer.get_vocab()
         findings.facts["tokens"] = len(vocabulary)
         if rows:
             _check_special(tokenizer, rows, file, findings)
-        if not vocabulary or not tokenizer.encode("A signal box.", add_special_tokens=False):
+        if not vocabulary or not _makes_tokens(tokenizer):
             findings.problem("bad_tokenizer", file, "the tokenizer makes no token of a plain sentence", AGAIN)
         elif own_template(tokenizer) is not None:
             _check_template(tokenizer, findings)
     return {"problems": findings.problems, "warnings": findings.warnings, "facts": findings.facts}
+
+
+def _makes_tokens(tokenizer: Any) -> bool:
+    try:
+        return bool(tokenizer.encode("A signal box.", add_special_tokens=False))
+    except (TypeError, ValueError, OverflowError):  # settings of the wrong type are looked at only here
+        return False
 
 
 def _check_special(tokenizer: Any, rows: int, file: str, findings: Findings) -> None:
