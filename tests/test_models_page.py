@@ -99,7 +99,7 @@ def test_a_tensor_that_is_missing_is_found_after_the_headers_were_shown(app: Run
         seen += [found] if found["view"] else []
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert seen and seen[0]["word"] == "headers read, comparing shapes" and seen[0]["view"]["status"] == "pass"
+    assert seen and seen[0]["word"] == "checking shapes" and seen[0]["view"]["status"] == "pass"
     assert dict(seen[0]["view"]["facts"])["Names and shapes"] == "being compared"
     assert found["view"]["word"] == "cannot be trained" and lost in found["view"]["headline"]
     assert dict(found["view"]["facts"])["Names and shapes"].startswith("other than")

@@ -55,7 +55,7 @@ def models_shelf(site: Site) -> Shelf:
 
             return full_report(
                 ask, item.path, deep=deep, layouts=site.workspace.layouts,
-                on_headers=lambda report: handle.write(True, result=report, text="headers read, comparing shapes"),
+                on_headers=lambda report: handle.write(True, result=report, text="checking shapes"),
                 on_progress=handle.progress, cancelled=handle.cancelled,
             )  # fmt: skip
 
