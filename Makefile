@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test long torture gpu qlora check screenshots bench bench-train settings clean
+.PHONY: run test long torture gpu qlora check screenshots bench bench-train bench-doctors settings clean
 
 # the environment is made again whenever the dependencies change
 $(VENV)/.run: pyproject.toml
@@ -56,6 +56,10 @@ bench: $(VENV)/.test
 bench-train: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	$(BIN)/python -m benchmarks.train --peers hf,trl
+
+# how long the model doctor takes, on sparse files of 100 shards
+bench-doctors: $(VENV)/.run
+	$(BIN)/python -m benchmarks.doctors
 
 settings: $(VENV)/.run
 	$(BIN)/python -m trainer.settings_doc > docs/settings.md

@@ -169,21 +169,22 @@ def scratch(tmp_path: Path) -> Path:
     return memory / f"signalbox-{os.getpid()}.safetensors"
 
 
-def test_eight_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
+def test_twenty_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
     try:
-        good, doubled = compare(8_000, 1, scratch)
+        good, doubled = compare(20_000, 1, scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    assert good > 600 and doubled > 8 and 8_000 - good > 4_000, (good, doubled)
+    assert good > 1_500 and doubled > 20 and 20_000 - good > 10_000, (good, doubled)
 
 
 @pytest.mark.slow
-def test_two_hundred_thousand_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
+def test_a_million_mutants_get_the_verdict_of_the_library(scratch: Path) -> None:
     try:
-        good, doubled = compare(200_000, 2, scratch)
+        good, doubled = compare(1_000_000, 2, scratch)
     finally:
         scratch.unlink(missing_ok=True)
-    assert good > 15_000 and doubled > 100, (good, doubled)
+    print(f"1,000,000 mutants: {good:,} good, {doubled:,} with a name twice, no other disagreement")
+    assert good > 75_000 and doubled > 1_000, (good, doubled)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,7 @@ def test_two_hundred_thousand_mutants_get_the_verdict_of_the_library(scratch: Pa
         (frame('{"a":' + TENSOR.replace("[0,4]", "[4,8]") + "}", b"\0" * 8), "hole"),
         (frame('{"a":' + TENSOR + ',"b":' + TENSOR + "}"), "overlap"),
         (frame('{"a":' + TENSOR.replace("[0,4]", "[0,0]").replace("[0,0]", "[4,0]") + "}"), "hole"),
+        (frame('{"a":' + TENSOR + ',"b":' + TENSOR.replace("[0,4]", "[4,2]") + "}"), "bad_offsets"),
         (frame('{"__metadata__":{"a":1},"b":' + TENSOR + "}"), "bad_metadata"),
         (frame('{"a":' + TENSOR + "}", b"123"), "truncated"),
         (frame('{"a":' + TENSOR + "}", b"12345"), "trailing_bytes"),

@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.both_verdicts import judged
 from tests.damage import (
     EMBED,
     INDEX,
@@ -155,7 +156,7 @@ def test_a_placeholder_for_images_beyond_the_rows_is_only_a_warning(copy_of_mode
         (set_config(_attn_implementation="eager"), "attn_implementation"),
         (set_config(_attn_implementation_internal="someone/kernel"), "attn_implementation"),
         (set_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantised"),
-        (set_config(num_hidden_layers=2), "extra_blocks"),
+        (set_config(num_hidden_layers=2), "extra_tensor"),
         (unlink("chat_template.jinja"), "no_chat_template"),
         (lambda p: change_json(p / "tokenizer_config.json", pad_token="<|im_end|>"), "pad_is_eos"),
         (lambda p: change_json(p / "tokenizer_config.json", eos_token=None), "no_eos_token"),
@@ -167,7 +168,7 @@ def test_what_a_person_should_know_is_a_warning(
 ) -> None:
     path = copy_of_model("single")
     damage(path)
-    report = inspect_model(path)
+    report = judged(path)
     assert codes(report) == [] and [item["code"] for item in report["warnings"]] == [code]
 
 
@@ -198,7 +199,7 @@ def test_a_base_is_found_in_the_roots_or_asked_for(copy_of_model: Callable[[str]
     report = inspect_model(path, model_roots=[elsewhere])
     assert codes(report) == ["no_weights"] and "base model" in report["problems"][0]["message"]
     tiny_model_dir(elsewhere / "tiny-llama", "llama", hidden=96)
-    assert codes(inspect_model(path, model_roots=[elsewhere])) == ["adapter_does_not_fit"]
+    assert codes(judged(path, model_roots=[elsewhere])) == ["adapter_does_not_fit"]
 
 
 @pytest.mark.parametrize(
@@ -259,28 +260,54 @@ def test_links_within_a_model_root_are_followed(copy_of_model: Callable[[str], P
     assert codes(inspect_model(path, model_roots=[path.parent])) == []
 
 
-def test_a_hundred_shards_are_judged_within_a_second(good_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_hundred_shards_of_a_hundred_gigabytes_are_judged_within_a_second(
+    good_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Sparse files: what a header promises is there, and costs no disk. By the processor's clock; the machine is shared."""
     path = tmp_path / "large"
     path.mkdir()
     for file in good_models["single"].iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, path)
     change_json(path / "config.json", model_type="qwen3_moe")
-    places = {}
+    places: dict[str, str] = {}
     for number in range(1, 101):
-        name = f"model-{number:05}-of-00100.safetensors"
-        tensors = {
-            f"model.layers.{number}.mlp.experts.{expert}.w.weight": np.zeros((2, 2), np.float32)
-            for expert in range(200)
-        }
-        save_file(tensors, path / name)
-        places |= dict.fromkeys(tensors, name)
+        name, header, at = f"model-{number:05}-of-00100.safetensors", {}, 0
+        for expert in range(200):
+            tensor = f"model.layers.{number}.mlp.experts.{expert}.w.weight"
+            header[tensor] = {"dtype": "BF16", "shape": [2048, 1536], "data_offsets": [at, at + 2 * 2048 * 1536]}
+            at += 2 * 2048 * 1536
+            places[tensor] = name
+        raw = json.dumps(header).encode()
+        (path / name).write_bytes(len(raw).to_bytes(8, "little") + raw)
+        os.truncate(path / name, 8 + len(raw) + at)
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     inspect_model(path)
     start_s = time.process_time()
     report = inspect_model(path)
     assert time.process_time() - start_s < 1
-    assert report["valid"] and report["facts"]["shards"] == 100 and report["facts"]["parameters"] == 80_000
+    assert report["valid"] and report["facts"]["shards"] == 100 and report["facts"]["size_bytes"] > 125_000_000_000
+    assert report["facts"]["parameters"] == 20_000 * 2048 * 1536
+
+
+def test_what_is_too_large_unreadable_or_twice_is_named(
+    copy_of_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_of_model("single")
+    (path / INDEX).write_text('{"weight_map": {}}')
+    assert [item["code"] for item in inspect_model(path)["warnings"]] == ["two_sets"]
+    (path / INDEX).unlink()
+    (path / "config.json").open("ab").truncate(64_000_001)
+    assert codes(inspect_model(path)) == ["file_too_large"]
+    # whoever runs this may be allowed to read everything, so the refusal is made here
+    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    report = inspect_model(path)
+    assert codes(report) == ["unreadable"] and "Permission denied" in report["problems"][0]["message"]
+
+
+def test_a_base_outside_the_model_folders_is_a_warning(good_models: dict[str, Path], tmp_path: Path) -> None:
+    report = inspect_model(good_models["lora"], model_roots=[tmp_path])
+    assert codes(report) == [] and [item["code"] for item in report["warnings"]] == ["base_outside_roots"]
 
 
 def test_inspecting_imports_neither_torch_nor_transformers(good_models: dict[str, Path]) -> None:
@@ -301,4 +328,4 @@ def test_each_fault_that_loading_would_pass_over_really_loads(copy_of_model: Cal
     change_tensors(pop(UP))(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.model.layers[1].mlp.up_proj.weight.isfinite().all()
-    assert codes(inspect_model(path)) == ["missing_tensor"]
+    assert codes(judged(path)) == ["missing_tensor"]

@@ -84,6 +84,28 @@ def test_a_model_whose_weights_are_not_numbers_is_found_in_depth(app: RunningApp
     assert view["word"] == "cannot be trained" and name in json.dumps(view["groups"])
 
 
+def test_a_tensor_that_is_missing_is_found_after_the_headers_were_shown(app: RunningApp, tiny_model: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(tiny_model, app.workspace / "models" / "lacking", dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(tensors) if "down_proj" in name)
+    save_file({name: value for name, value in tensors.items() if name != lost}, folder / "model.safetensors")
+    item = next(item for item in app.get("api/models")["items"] if item["name"] == "lacking")["id"]
+    post(app, f"api/models/{item}/check")
+    seen: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 120
+    while (found := app.get(f"api/models/{item}"))["state"] == "running":
+        seen += [found] if found["view"] else []
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert seen and seen[0]["word"] == "checking shapes" and seen[0]["view"]["status"] == "pass"
+    assert dict(seen[0]["view"]["facts"])["Names and shapes"] == "being compared"
+    assert found["view"]["word"] == "cannot be trained" and lost in found["view"]["headline"]
+    assert dict(found["view"]["facts"])["Names and shapes"].startswith("other than")
+    assert list((app.workspace / "cache" / "layouts").glob("*.json")), "the layout is kept for the next check"
+
+
 @pytest.mark.browser
 def test_a_folder_named_like_markup_is_only_a_name(app: RunningApp, page: Any, tiny_model: Path) -> None:
     name = "<img src=x onerror=window.__x=1>"

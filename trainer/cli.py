@@ -210,14 +210,22 @@ def _metrics(arguments: argparse.Namespace) -> int:
 
 
 def _check_model(arguments: argparse.Namespace) -> int:
-    from trainer.alone import ask_worker
+    from trainer.models.full_report import full_report
+    from trainer.worker import Worker
 
-    report = ask_worker("check_model", path=str(arguments.path.resolve()), deep=arguments.deep)
+    worker = Worker()
+    try:
+        report = full_report(worker.call, arguments.path.resolve(), deep=arguments.deep)
+    finally:
+        worker.close()
     if arguments.json:
         print(json.dumps(report))
     else:
         for entry in report["problems"] + report["warnings"]:
             print(f"{entry['file'] or arguments.path}: {entry['message']}. {entry['fix']}")
+        if shapes := report["facts"].get("shapes"):
+            why = report["facts"].get("shapes_why")
+            print(f"Names and shapes of the tensors: {shapes}{f' ({why})' if why else ''}")
         print(f"{'Valid' if report['valid'] else 'Not valid'}: {report['kind']}, {arguments.path}")
     return 0 if report["valid"] else 1
 

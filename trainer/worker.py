@@ -26,7 +26,7 @@ from trainer.worker_child import main, read_frame, write_frame
 MEMORY_BYTES = 4 * 1024**3
 TORCH_MEMORY_BYTES = 64 * 1024**3  # of addresses: a CUDA build of torch maps many GiB that it never touches
 CHILDREN = 3
-TORCH_OPS = frozenset({"convert", "starter"})
+TORCH_OPS = frozenset({"check_shapes", "convert", "starter"})
 
 _INHERITED = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TEMP", "TMP", "TZ", "SYSTEMROOT", "PYTHONPATH",
@@ -46,6 +46,8 @@ _SET = {
 }
 _WORDS = {
     "check_model": "Checking the model",
+    "check_shapes": "Comparing the tensors with the architecture",
+    "try_tokenizer": "Trying the tokenizer",
     "check_data": "Checking the data",
     "view_row": "Showing the row",
     "preview_profile": "Showing the profile",

@@ -31,6 +31,8 @@ class Operations:
         self._operations: dict[str, Callable[..., Any]] = {
             "warm": self.warm,
             "check_model": self.check_model,
+            "check_shapes": self.check_shapes,
+            "try_tokenizer": self.try_tokenizer,
             "check_data": self.check_data,
             "view_row": self.view_row,
             "preview_profile": self.preview_profile,
@@ -51,11 +53,28 @@ class Operations:
 
         from trainer.data import doctor, tokens  # noqa: F401
 
-    def check_model(self, path: str, deep: bool = False, model_roots: Sequence[str] = ()) -> dict[str, Any]:
-        """The report on a model folder."""
+    def check_model(
+        self, path: str, deep: bool = False, model_roots: Sequence[str] = (), layouts: str | None = None
+    ) -> dict[str, Any]:
+        """The report on a model folder by its headers; `layouts` is where the layouts of architectures are kept."""
         from trainer.models.inspect import inspect_model
 
-        return inspect_model(Path(path), deep=deep, model_roots=[Path(root) for root in model_roots])
+        roots = [Path(root) for root in model_roots]
+        return inspect_model(Path(path), deep=deep, model_roots=roots, layouts=Path(layouts) if layouts else None)
+
+    def check_shapes(self, path: str, model_roots: Sequence[str] = (), layouts: str | None = None) -> dict[str, Any]:
+        """The shape verdict on a model folder, as in trainer.models.shapes."""
+        from trainer.models.shapes import check_shapes, limit_memory
+
+        limit_memory()
+        roots = [Path(root) for root in model_roots]
+        return check_shapes(Path(path), model_roots=roots, layouts=Path(layouts) if layouts else None)
+
+    def try_tokenizer(self, path: str, rows: int | None, file: str) -> dict[str, Any]:
+        """Whether tokenizer and chat template work, as in trainer.models.tokenizer_trial."""
+        from trainer.models.tokenizer_trial import try_tokenizer
+
+        return try_tokenizer(Path(path), rows, file)
 
     def check_data(self, path: str, model_path: str | None = None, **options: Any) -> dict[str, Any]:
         """The doctor's report; with a model, lengths in its tokens. `options` as in trainer.data.doctor."""

@@ -105,6 +105,11 @@ class Workspace:
         return self.root / "cache" / "tokens"
 
     @property
+    def layouts(self) -> Path:
+        """Names and shapes of architectures that were checked; may be deleted at any time."""
+        return self.root / "cache" / "layouts"
+
+    @property
     def jobs(self) -> Path:
         """State and results of jobs of the page."""
         return self.root / "jobs"

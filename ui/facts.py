@@ -109,18 +109,32 @@ def _model_fact(config: Config, report: Check | None) -> ModelFact | None:
     problems = tuple((_told(entry), entry["fix"]) for entry in found["problems"])
     warnings = tuple(f"{_told(entry)} {entry['fix']}" for entry in found["warnings"])
     facts = found["facts"]
+    clash = _quantised_against_method(facts.get("quantised"), config.hyperparams.method)
+    if clash:
+        problems += ((clash, "Choose LoRA, or download the original weights."),)
     adapter = found["kind"] == "lora"
     summary = _summary(name, facts, adapter)
     return ModelFact(
         "ready",
         name,
-        bool(found["valid"]),
+        bool(found["valid"]) and not clash,
         summary,
         problems,
         warnings,
         adapter,
         max_positions=facts.get("max_positions"),
     )
+
+
+def _quantised_against_method(quantised: str | None, method: str) -> str:
+    """Why weights quantised that way cannot be trained by that method; "" where they can."""
+    if quantised is None or method == "lora":
+        return ""
+    if method == "full":
+        return f"The weights are quantised ({quantised}), and numbers of a few bits cannot be trained in full."
+    if quantised != "bitsandbytes":
+        return f"QLoRA quantises the weights itself, and these are quantised already ({quantised})."
+    return ""
 
 
 def _told(entry: dict[str, Any]) -> str:

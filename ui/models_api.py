@@ -1,12 +1,13 @@
 """What the Models page asks for: the model folders with their reports, and the starter model.
 
-Called by `ui/server.py` and `ui/pages/models.py`; the inspector itself runs in the worker.
+Called by `ui/server.py` and `ui/pages/models.py`; both verdicts are made in the worker.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from trainer.jobs import JobHandle
+from trainer.models.full_report import full_report
+from trainer.worker import Cancelled
 from ui.guard import guarded
 from ui.numbers import disk
 from ui.replies import json_reply
@@ -23,13 +26,13 @@ from ui.report import model_view
 from ui.shelf import Check, Item, Shelf
 from ui.site import Site
 
-CHECK_LIMIT_S = 3600.0
 STARTER_LIMIT_S = 600.0
 STARTER = "starter"
 
 
 def models_shelf(site: Site) -> Shelf:
     """The model folders of the workspace and of its model roots."""
+    turn = threading.Lock()
 
     def items() -> list[Item]:
         return [_item(site, path) for path in site.workspace.models()]
@@ -38,9 +41,22 @@ def models_shelf(site: Site) -> Shelf:
         deep = options.get("deep") is True
 
         def work(handle: JobHandle) -> dict[str, Any]:
-            return site.worker.call(
-                "check_model", timeout_s=CHECK_LIMIT_S, on_progress=handle.progress, cancelled=handle.cancelled,
-                path=str(item.path), deep=deep,
+            def ask(op: str, **args: Any) -> Any:
+                if op != "check_shapes":
+                    return site.worker.call(op, **args)
+                # one at a time: each holds a child for seconds that previews and data checks need too
+                while not turn.acquire(timeout=0.2):
+                    if handle.cancelled():
+                        raise Cancelled("Left before it began.")
+                try:
+                    return site.worker.call(op, **args)
+                finally:
+                    turn.release()
+
+            return full_report(
+                ask, item.path, deep=deep, layouts=site.workspace.layouts,
+                on_headers=lambda report: handle.write(True, result=report, text="checking shapes"),
+                on_progress=handle.progress, cancelled=handle.cancelled,
             )  # fmt: skip
 
         return work

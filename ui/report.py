@@ -24,6 +24,13 @@ KINDS = {
     "nothing": "no model",
 }
 
+SHAPES = {
+    "as expected": "every tensor of the architecture, in its shape",
+    "differ": "other than the architecture's, see below",
+    "unknown": "not compared",
+    "due": "being compared",
+}
+
 # what to do about each kind of problem; the message of a row says what is wrong with it
 FIXES = {
     "no_answer": "Add the assistant's answer as the last message, or delete the line.",
@@ -76,7 +83,7 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_view(report: dict[str, Any]) -> dict[str, Any]:
-    """The inspector's report on a model folder (trainer.models.inspect.inspect_model) for a person."""
+    """The report on a model folder (trainer.models.full_report) for a person; of the headers alone while that is all."""
     groups = [_finding("problem", found) for found in report["problems"]]
     groups += [_finding("warning", found) for found in report["warnings"]]
     status = "problem" if not report["valid"] else "warning" if report["warnings"] else "pass"
@@ -166,6 +173,9 @@ def _model_facts(report: dict[str, Any]) -> list[list[str]]:
     if facts.get("size_bytes"):
         files = facts.get("shards") or 1
         pairs.append(["Weights", f"{disk(facts['size_bytes'])} in {count(files)} {'file' if files == 1 else 'files'}"])
+    if facts.get("shapes") in SHAPES:
+        why = facts.get("shapes_why")
+        pairs.append(["Names and shapes", SHAPES[facts["shapes"]] + (f": {why.rstrip('.')}" if why else "")])
     if facts.get("layers") and facts.get("hidden_size"):
         pairs.append(["Size", f"{count(facts['layers'])} layers, {count(facts['hidden_size'])} wide"])
     for name, key in (("Longest row", "max_positions"), ("Vocabulary", "tokens")):

@@ -41,19 +41,23 @@ class Item:
 
 @dataclass(frozen=True)
 class Standing:
-    """How an item stands: not checked, being checked, or with a report (`view` as in ui.report)."""
+    """How an item stands: not checked, being checked, or with a report (`view` as in ui.report).
+
+    A check in two parts has a `view` of the first while the second goes on; `doing` says what that is.
+    """
 
     state: Literal["not-run", "running", "done", "failed"]
     job: str = ""
     progress: float | None = None
     view: dict[str, Any] | None = None
     error: str = ""
+    doing: str = ""
 
     def line(self) -> dict[str, str]:
         """Sign and word for the list."""
         if self.state == "running":
             share = "" if self.progress is None else f" {int(self.progress * 100)} %"
-            return {"sign": "preparing", "word": f"checking{share}"}
+            return {"sign": "preparing", "word": self.doing or f"checking{share}"}
         if self.state == "done" and self.view is not None:
             return {"sign": self.view["status"], "word": self.view["word"]}
         return (
@@ -111,7 +115,9 @@ class Shelf:
             return Standing("not-run")
         if job["state"] == "running":
             done, total = job["progress"] or (0, 0)
-            return Standing("running", note["job"], done / total if total else None)
+            first = self._view(job["result"]) if job["result"] else None
+            share = done / total if total else None
+            return Standing("running", note["job"], share, first, doing=job["text"] if first else "")
         if note["stamp"] != item.stamp or job["state"] == "cancelled":
             return Standing("not-run")
         if job["state"] == "done":

@@ -69,7 +69,14 @@ def base_path(name: str, folder: Path, model_roots: Sequence[Path]) -> Path | No
     places = [Path(name) if Path(name).is_absolute() else folder.parent / name]
     names = [part for part in (name, last, name.replace("/", "--"), name.replace("/", "_")) if not _leaves(part)]
     places += [root / part for root in model_roots for part in names]
-    return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
+    return next((place.resolve() for place in places if _holds_config(place)), None)
+
+
+def _holds_config(place: Path) -> bool:
+    try:
+        return (place / "config.json").is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
 def check_base(name: Any, folder: Path, model_roots: Sequence[Path], findings: Findings) -> Path | None:

@@ -1,7 +1,8 @@
-"""The report on a model folder: can it be trained, and if not, which file is the reason and what to do.
+"""The header verdict on a model folder: can it be trained, and if not, which file is the reason and what to do.
 
-Reads headers and JSON only (`deep=True` reads the numbers too), imports no torch, changes nothing. Called by
-`check-model`, by the page through the worker, and by `trainer.models.is_valid_model_dir`.
+Reads headers and JSON only (`deep=True` reads the numbers too), imports no torch, changes nothing. Whether every tensor
+of the architecture is there is the shape verdict's (`trainer.models.shapes`), which `trainer.models.full_report` asks
+for after this one. Called in the worker, and by `trainer.models.is_valid_model_dir`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from trainer.models.architecture import check_config, check_tensors
 from trainer.models.deep import check_numbers
 from trainer.models.findings import Findings
 from trainer.models.folder import ModelFolder
+from trainer.models.layout import layout_key, matches, read_layout
 from trainer.models.tokenizer_files import check_tokenizer
 from trainer.models.weights import Weights, find_weights
 
@@ -25,15 +27,17 @@ _TRAINING_FILE = re.compile(r"(.+\.(distcp|pth|pt|ckpt)|zero_to_fp32\.py|trainer
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
 
 
-def inspect_model(path: Path, *, deep: bool = False, model_roots: Sequence[Path] = ()) -> dict[str, Any]:
+def inspect_model(
+    path: Path, *, deep: bool = False, model_roots: Sequence[Path] = (), layouts: Path | None = None
+) -> dict[str, Any]:
     """Judge the folder `path`; `model_roots` is where links may lead and where an adapter's base is looked for.
 
-    Returns {"valid", "kind", "problems": [{"code", "file", "message", "fix"}], "warnings": [the same], "facts"}; kind
-    is one of full, lora, gguf, diffusers, checkpoint, lfs, nothing. Sizes are bytes. Never raises for what a folder
-    holds.
+    `layouts` is where layouts of architectures are kept: weights that are exactly one need no shape verdict. Returns
+    {"valid", "kind", "problems": [{"code", "file", "message", "fix"}], "warnings": [the same], "facts"}; kind is
+    one of full, lora, gguf, diffusers, checkpoint, lfs, nothing. Sizes are bytes. Never raises for what a folder holds.
     """
     findings = Findings()
-    kind = _inspect(Path(path), deep, model_roots, findings)
+    kind = _inspect(Path(path), deep, model_roots, layouts, findings)
     if any(problem["code"] == "lfs_pointer" for problem in findings.problems):
         kind = "lfs"
     return {
@@ -56,7 +60,7 @@ def sentence(report: dict[str, Any]) -> str:
     return f"Cannot train this folder: {first['message']}. {first['fix']}{more} Nothing was changed."
 
 
-def _inspect(path: Path, deep: bool, roots: Sequence[Path], findings: Findings) -> str:
+def _inspect(path: Path, deep: bool, roots: Sequence[Path], layouts: Path | None, findings: Findings) -> str:
     if not path.is_dir():
         return _not_a_folder(path, findings)
     try:
@@ -83,12 +87,12 @@ def _inspect(path: Path, deep: bool, roots: Sequence[Path], findings: Findings) 
             findings.problem(
                 "adapter_beside_model", ADAPTER_CONFIG, message, "Move the adapter to a folder of its own."
             )
-        inspect_full(folder, deep, findings)
+        inspect_full(folder, deep, findings, layouts)
         return "full"
     return _not_a_model(folder, findings)
 
 
-def inspect_full(folder: ModelFolder, deep: bool, findings: Findings) -> Weights | None:
+def inspect_full(folder: ModelFolder, deep: bool, findings: Findings, layouts: Path | None = None) -> Weights | None:
     """Judge a whole model: config, weights, tokenizer, and how they fit together."""
     config = check_config(folder, findings)
     weights = find_weights(folder, findings)
@@ -96,11 +100,20 @@ def inspect_full(folder: ModelFolder, deep: bool, findings: Findings) -> Weights
     _note_files(facts, weights)
     if weights is not None and weights.headers:
         check_tensors(config or {}, weights, findings)
+    facts["shapes"] = _shapes(config, weights, findings, layouts)
     rows = facts.get("embedding_rows") or facts.get("vocab_size")
     check_tokenizer(folder, findings, rows)
     if deep and weights is not None:
         check_numbers(folder.path, weights, findings)
     return weights
+
+
+def _shapes(config: dict[str, Any] | None, weights: Weights | None, findings: Findings, layouts: Path | None) -> str:
+    """Whether a shape verdict is due: not for what is damaged, pickled, or known to be as expected."""
+    if config is None or weights is None or not weights.headers or findings.problems:
+        return "unknown"
+    layout = read_layout(layouts, layout_key(config)) if layouts is not None else None
+    return "as expected" if layout is not None and matches(layout, weights.tensors) else "due"
 
 
 def _note_files(facts: dict[str, Any], weights: Weights | None) -> None:
@@ -121,7 +134,15 @@ def _inspect_adapter(folder: ModelFolder, deep: bool, roots: Sequence[Path], fin
         return
     below = Findings()
     base_weights = inspect_full(ModelFolder(base, roots, below), deep, below)
-    for fact in ("architectures", "model_type", "vocab_size", "max_positions", "tied", "has_chat_template"):
+    for fact in (
+        "architectures",
+        "model_type",
+        "vocab_size",
+        "max_positions",
+        "tied",
+        "has_chat_template",
+        "quantised",
+    ):
         findings.facts[fact] = below.facts.get(fact)
     findings.facts["tokenizer_files"] = below.facts.get("tokenizer_files", [])
     findings.facts["base_facts"] = below.facts
@@ -130,6 +151,8 @@ def _inspect_adapter(folder: ModelFolder, deep: bool, roots: Sequence[Path], fin
             note(item["code"], item["file"], f"in the base model: {item['message']}", item["fix"])
     if weights is not None and base_weights is not None:
         check_fit(weights.tensors, base_weights.tensors, findings)
+    known = not findings.problems and weights is not None and weights.headers and below.facts["shapes"] != "unknown"
+    findings.facts["shapes"] = "due" if known else "unknown"
 
 
 def _not_a_folder(path: Path, findings: Findings) -> str:

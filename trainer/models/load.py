@@ -18,8 +18,9 @@ from trainer.packages import has_bitsandbytes
 from trainer.refusal import Refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# what a model's config.json may set to choose a kernel, which could make transformers ask a hub for it
-KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+# what a model's config.json may set to choose a kernel, which could make transformers ask a hub for it, or other weight
+# files than those that were checked
+KERNEL_KEYS = ("attn_implementation", "experts_implementation", "transformers_weights")
 KERNEL_CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 

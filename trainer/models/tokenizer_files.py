@@ -1,7 +1,7 @@
 """The tokenizer files of a model folder, in any layout: complete, readable, and not larger than the model's
 embedding.
 
-Called by `trainer.models.inspect`; the tokenizer itself is not built here.
+Called by `trainer.models.inspect`; the tokenizer itself is built by `trainer.models.tokenizer_trial`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _OTHER_SENSES = re.compile(r"image|img|audio|video|vision|patch", re.IGNORECASE)
 
 def check_tokenizer(folder: ModelFolder, findings: Findings, rows: int | None) -> None:
     """Judge the tokenizer files against `rows`, the rows of the embedding (None: not known), and note the facts."""
-    layout = next((layout for layout in LAYOUTS if all(folder.has(name) for name in layout)), None)
-    known = [name for names in LAYOUTS for name in names if folder.has(name)]
+    layouts = (*LAYOUTS, *((name,) for name in folder.matching(lambda name: name.endswith(".tiktoken"))))
+    layout = next((layout for layout in layouts if all(folder.has(name) for name in layout)), None)
+    known = [name for names in layouts for name in names if folder.has(name)]
     findings.facts["tokenizer_files"] = known + [name for name in SIDE_FILES if folder.has(name)]
     if layout is None:
         _explain_absence(folder, findings)
@@ -80,7 +81,7 @@ def _token_ids(folder: ModelFolder, layout: tuple[str, ...], settings: dict[str,
     elif layout == ("vocab.json", "merges.txt"):
         folder.file("merges.txt")
         ids = _whole_numbers(folder.json("vocab.json", MAX_TOKENIZER_BYTES) or {})
-    elif layout[0] in SENTENCEPIECE or layout[0].endswith(".txt"):
+    else:
         folder.file(layout[0])
     if layout[0] != "tokenizer.json" and ids:
         if folder.has("added_tokens.json"):

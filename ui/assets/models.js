@@ -18,14 +18,14 @@
       empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", or make the starter model above."),
       more: () => [
         el("h3", "Every weight"),
-        el("p.sb-help", "The check above reads headers only. This one reads all weights and looks for values that are not numbers; it takes as long as reading the files does."),
+        el("p.sb-help", "The check above reads names, shapes and headers, no numbers. This one reads all weights and looks for values that are not numbers; it takes as long as reading the files does."),
         el("div.sb-row", shelf.action("Read every weight", "check", { deep: true })),
       ],
     });
     root.firstChild.after(starter(shelf));
   };
 
-  /** Headers are read in a moment, so models that were never looked at are checked without being asked. */
+  /** Headers are read in a moment and shapes compared one model at a time, so models that were never looked at are checked without being asked. */
   function checkNew(look) {
     const asked = new Set();
     return (items) => {

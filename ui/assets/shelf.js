@@ -134,7 +134,8 @@
       if (answer.state === "running") {
         const bar = el("div.sb-bar", { role: "progressbar", "aria-label": "Check" }, el("i"));
         bar.firstChild.style.width = `${Math.round((answer.progress ?? 0) * 100)}%`;
-        return [...top, chip("preparing", answer.word), bar, el("div.sb-row", this.action("Stop the check", "cancel"))];
+        const first = answer.view ? [facts(answer.view.facts), groups(answer.view.groups)].filter(Boolean) : [];
+        return [...top, chip("preparing", answer.word), bar, ...first, el("div.sb-row", this.action("Stop the check", "cancel"))];
       }
       const again = this.action(answer.state === "not-run" ? "Check" : "Check again", "check");
       if (answer.state === "not-run") return [...top, el("p", "Not checked yet, or changed since."), el("div.sb-row", again)];
