@@ -64,7 +64,8 @@ def gather(site: Site, state: FormState, draft: Draft) -> Facts:
     report = model_report(site, config)
     data = data_fact(site, config)
     plan = plan_for(config, data)
-    memory = memory_fact(config, report.result if report and report.state == "done" else None, data, here)
+    known_model = report.result if report and report.state == "done" else None
+    memory = memory_fact(config, known_model, data, here, site.workspace.root, plan.steps)
     last_good, changes = last_good_run(site, config)
     return Facts(
         **known, model=_model_fact(config, report), data=data, memory=memory, smoke=smoke, steps=plan.steps,
@@ -217,7 +218,15 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
             if warning["code"] != "duplicates"
         ),
         judged=judged,
+        lengths=tuple(each for report, lengths in measured for each in _bins(report, lengths)),
     )
+
+
+def _bins(report: dict[str, Any], lengths: dict[str, Any]) -> list[tuple[float, float, float]]:
+    """(from, to, rows) of the doctor's histogram, scaled from its sample to all rows of the file."""
+    edges, counts = lengths["histogram"]["edges"], lengths["histogram"]["counts"]
+    scale = _rows_of(report) / max(1, lengths["sampled"])
+    return [(low, high, count * scale) for low, high, count in zip(edges, edges[1:], counts, strict=False) if count]
 
 
 def _rows_of(report: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from trainer.fields import FieldProblem
 from trainer.fields import field as setting
 from trainer.values import as_text
 from ui import numbers
+from ui.fit_keys import FIT_KEYS
 from ui.form_state import changed_titles
 from ui.gate_facts import Action, DataFact, Facts, GateLine, Offer, Status
 
@@ -27,8 +28,10 @@ def gate_lines(config: Config | None, problems: list[FieldProblem], facts: Facts
     lines = [_problem(p) for p in problems]
     if config is not None:
         known = {p.field for p in problems}
-        lines += [line for line in _chosen(config, facts) if not known & set(line.fields)]
-        lines += _device(config, facts) + _memory(facts) + _disk(facts) + _plan(config, facts)
+        # what was judged with a value that cannot be used says nothing of the form as it stands
+        judged = _chosen(config, facts) + _memory(facts) + _disk(facts)
+        lines += [line for line in judged if not known & set(line.fields)]
+        lines += _device(config, facts) + _plan(config, facts)
         lines += _last_good(facts) + [_smoke(config, facts)]
     if facts.busy:
         lines.append(_busy(facts))
@@ -208,19 +211,23 @@ def _memory(facts: Facts) -> list[GateLine]:
     if fact is None:
         return []
     need, free = numbers.memory(fact.needs_gib), numbers.memory(fact.free_gib)
-    keys = tuple({key for offer in fact.offers for key in offer.values})
-    if fact.needs_gib <= fact.free_gib:
-        text = f"Fits: about {need} (±{fact.spread * 100:.0f} %) of {free} free."
-        return [GateLine("memory", "pass", text, (), keys)]
+    about = f"±{fact.spread * 100:.0f} %{f', {fact.words}' if fact.words else ''}"
+    if fact.fits:
+        chosen = f" Micro-batch {fact.micro_batch:,}, chosen by itself." if fact.micro_batch else ""
+        return [GateLine("memory", "pass", f"Fits: about {need} ({about}) of {free} free.{chosen}", (), FIT_KEYS)]
     actions = tuple(Action(_saving(offer), "set", values=offer.values) for offer in fact.offers)
     if fact.weights_gib > fact.total_gib:
         whole = numbers.memory(fact.total_gib)
         text = f"Does not fit: the weights alone are {numbers.memory(fact.weights_gib)}, the device has {whole}."
-        return [GateLine("memory", "problem", text, actions, keys, True)]
-    text = f"Needs about {need} (±{fact.spread * 100:.0f} %); {free} is free."
-    if actions:
-        text += " Any one of these makes it fit:" if len(actions) > 1 else " This makes it fit:"
-    return [GateLine("memory", "problem", text, actions, keys)]
+        return [GateLine("memory", "problem", text, actions, FIT_KEYS, True)]
+    cures = " Any one of these makes it fit:" if len(actions) > 1 else " This makes it fit:" if actions else ""
+    if fact.needs_gib <= fact.free_gib:
+        text = f"Tight: about {need} ({about}) of {free} free; the smoke test measures it.{cures}"
+        return [GateLine("memory", "warning", text, actions, FIT_KEYS)]
+    text = (
+        f"Needs about {need} ({about}); {free} is free.{cures or ' No change here makes it fit: take a smaller model.'}"
+    )
+    return [GateLine("memory", "problem", text, actions, FIT_KEYS)]
 
 
 def _saving(offer: Offer) -> str:

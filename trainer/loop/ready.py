@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 from trainer import checkpoint
 from trainer.data.packing import Plan, waste
 from trainer.events import EventLog, all_events
-from trainer.files import make_private_dir
+from trainer.files import make_private_dir, write_json
 from trainer.launch import Prompt, fingerprint, versions
 from trainer.loop import optim, prepare
+from trainer.loop.fit import Fit
+from trainer.loop.fit_start import fit_before_start
 from trainer.loop.sampler import Sampler
 from trainer.loop.save import Promoted, Saver, load_optimizer
 from trainer.loop.team import ALONE, Team
@@ -28,6 +30,7 @@ from trainer.run import RunDir
 from trainer.schema import Config
 from trainer.signals import Signals
 from trainer.telemetry import Telemetry
+from trainer.time_left import marks_of
 from trainer.worker import Worker
 
 # what must be the same for a resume to be the same run; everything else may change
@@ -57,6 +60,8 @@ class Surroundings:
     say: Callable[[str], None]
     team: Team = ALONE
     promoted: Promoted = lambda: nullcontext(set())
+    root: Path | None = None  # the workspace, whose history of measurements the forecast goes by
+    before_gib: float = 0.0  # memory of the process before anything was loaded
 
 
 @dataclass
@@ -90,6 +95,7 @@ class Ready:
     saved_step: int | None
     facts: dict[str, Any]
     rewinds: Rewinds
+    fit: Fit | None = None
 
 
 def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None) -> Ready:
@@ -97,6 +103,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     around.say(prompt.line)
     tokens = _tokens(around, config, prompt)
     plan = prepare.plan_of(config, tokens)
+    write_json(around.run.plan, asdict(marks_of(plan, np.asarray(tokens.cache.lengths))))
     _announce(around, config, tokens, plan)
     leave_if_asked(around)
     around.events.append("phase", name="load")
@@ -127,7 +134,10 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     prepare.refuse_foreign_ids(model.loaded, tokens.held_out, Path(config.model_path))
     facts = _facts(around, config, tokens, plan)
     h = config.hyperparams
-    progress = Progress(packs_each=h.batch_size, checkpointing=h.use_gradient_checkpointing)
+    groups = prepare.held_out_groups(config, tokens)
+    fit = fit_before_start(around, config, model, tokens, plan, groups)
+    packs_each = fit.packs_each if fit is not None else h.batch_size
+    progress = Progress(packs_each=packs_each, checkpointing=h.use_gradient_checkpointing)
     if found is not None:
         progress = _take_up(around, config, model, facts, found)
     # the checkpoint's tokenizer carries the template that was really trained, not one that was replaced
@@ -144,10 +154,11 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         around.promoted,
         found.step if found else None,
     )
-    groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
     leave_if_asked(around)
-    return Ready(tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds)
+    return Ready(
+        tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds, fit
+    )
 
 
 def _same_model(around: Surroundings, config: Config) -> None:

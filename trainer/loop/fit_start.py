@@ -1,0 +1,73 @@
+"""The forecast at a run's start and its measurement at the end: said in the log, kept in the snapshot and in the history."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer import clock
+from trainer.data.packing import Plan
+from trainer.files import write_json
+from trainer.loop import fit as fits
+from trainer.loop.fit import Fit
+from trainer.loop.memory import memory_text
+from trainer.loop.prepare import Model, Tokens
+from trainer.schema import Config
+
+if TYPE_CHECKING:
+    from trainer.loop.ready import Ready, Surroundings
+
+
+def fit_before_start(
+    around: Surroundings, config: Config, model: Model, tokens: Tokens, plan: Plan, groups: list[np.ndarray]
+) -> Fit | None:
+    """The run's forecast and its micro-batch, said in the log; None where nothing is kept (no workspace, several processes).
+
+    An automatic micro-batch is settled once, in the run's first life, and stands in its snapshot from then on.
+    """
+    if around.root is None:
+        return None
+    snapshot = around.run.snapshot()
+    settled = snapshot.get("micro_batch")
+    h = config.hyperparams
+    automatic = h.auto_micro_batch and settled is None
+    sizes = fits.divisors(h.rows_per_step, 1024) if automatic else [int((settled or {}).get("rows", h.batch_size))]
+    lengths, labels = np.asarray(tokens.cache.lengths), np.asarray(tokens.cache.label_counts)
+    held_out = np.asarray(tokens.held_out.lengths)
+    most = max((int(held_out[group].sum()) for group in groups), default=0)
+    works = {size: fits.work_of(config, plan, lengths, labels, most, size) for size in sizes}
+    device = "cpu" if around.device == "cpu" else str(snapshot["device"]["name"])
+    room = fits.room_gib(around.device)
+    shape = fits.sizes_of(model.loaded.model, model.trained)
+    key = snapshot["model"]["fingerprint"]
+    chosen = config if automatic else fits.with_micro_batch(config, sizes[0])
+    found = fits.fit_of(chosen, shape, works, around.root, key, device, around.before_gib, room)
+    if automatic:
+        rows = {"rows": found.packs_each, "accumulation": h.rows_per_step // found.packs_each}
+        write_json(around.run.config, snapshot | {"micro_batch": rows})
+        around.events.append("micro_batch", **rows)
+        unit = "packs" if h.packing else "rows"
+        around.say(
+            f"Micro-batch {found.packs_each}, chosen by itself: the largest that fits in {memory_text(room)} still free. "
+            f"Accumulation {rows['accumulation']}; each step trains the same {h.rows_per_step} {unit}."
+        )
+    plain = found.forecast
+    by = f", {plain.words}" if plain.words else ""
+    around.say(
+        f"Memory: about {memory_text(plain.total_gib)} at the peak (±{100 * plain.error:.0f} %{by}), in the {plain.moment}."
+    )
+    return found
+
+
+def remember_run(around: Surroundings, ready: Ready) -> None:
+    """Keep the measured peak of a run that went as it was planned; one that went down the ladder measures something else."""
+    fit, progress = ready.fit, ready.progress
+    if fit is None or around.root is None or progress.step == 0 or progress.packs_each != fit.packs_each:
+        return
+    measured = fits.remember(around.root, fit, "run", around.run.run_id, clock.now())
+    if measured is not None:
+        around.events.append(
+            "memory", forecast_gib=round(fit.forecast.total_gib, 3), measured_gib=round(measured.measured_gib, 3),
+            error=fit.forecast.error, moment=fit.forecast.moment,
+        )  # fmt: skip
