@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,10 +10,13 @@ import numpy as np
 from trainer import clock
 from trainer.data.packing import Plan
 from trainer.files import write_json
+from trainer.launch import fingerprint
 from trainer.loop import fit as fits
 from trainer.loop.fit import Fit
-from trainer.loop.memory import memory_text
+from trainer.loop.memory import Work, memory_text
 from trainer.loop.prepare import Model, Tokens
+from trainer.loop.smoke_checks import heaviest
+from trainer.report import Report
 from trainer.schema import Config
 
 if TYPE_CHECKING:
@@ -58,6 +62,28 @@ def fit_before_start(
         f"Memory: about {memory_text(plain.total_gib)} at the peak (±{100 * plain.error:.0f} %{by}), in the {plain.moment}."
     )
     return found
+
+
+def fit_of_smoke(
+    config: Config, model: Model, tokens: Tokens, plan: Plan, root: Path, device: str, before_gib: float
+) -> Fit:
+    """The forecast of a smoke test's first steps: its longest rows in one micro-batch, as `checks.heaviest` puts them."""
+    h = config.hyperparams
+    lengths, labels = np.asarray(tokens.cache.lengths), np.asarray(tokens.cache.label_counts)
+    works = {}
+    for size in fits.divisors(h.rows_per_step, 1024) if h.auto_micro_batch else [h.batch_size]:
+        rows = heaviest(plan, lengths, size)[0]
+        works[size] = Work(int(lengths[rows].sum()), int(labels[rows].sum()), int(lengths[rows].max()))
+    shape, key = fits.sizes_of(model.loaded.model, model.trained), fingerprint(Path(config.model_path))
+    room = fits.room_gib("cpu" if device == "cpu" else model.stepper.device)
+    return fits.fit_of(config, shape, works, root, key, device, before_gib, room)
+
+
+def remember_smoke(report: Report, fit: Fit, root: Path, smoke_id: str) -> None:
+    """Keep the peak of the longest rows' steps, saves left out, and tell the report."""
+    measured = fits.remember(root, fit, "smoke", smoke_id, clock.now(), steps_alone=True)
+    if measured is not None:
+        report.fact(peak_gib=measured.measured_gib, forecast_gib=measured.forecast_gib)
 
 
 def remember_run(around: Surroundings, ready: Ready) -> None:
