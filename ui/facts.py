@@ -19,9 +19,9 @@ import profiles
 from trainer import disk_need
 from trainer.config import Change, Config, diff, field, resolve
 from trainer.data.conversation import PROBLEM_NAMES
+from trainer.disk_forecast import one_checkpoint
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
-from trainer.loop.memory import Sizes, trained_weights
 from trainer.packages import has_bitsandbytes
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
@@ -278,11 +278,7 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
     one = checkpoint_bytes(config, report.result if report and report.state == "done" else None)
     if one is None:
         return None if writable else DiskFact(0, 0, free, writable)
-    saves = 1
-    if plan.steps is not None and config.output.save_steps:
-        saves = max(1, plan.steps // config.output.save_steps)
-    # the best and the newest always stay, and a new one is whole before an old one goes
-    kept = min(saves, config.output.save_total_limit + 1) + 1
+    kept = disk_need.checkpoints_at_once(config, plan.steps)
     refused = ""
     if one * kept > free and writable:  # what Start would say; it reads every header, so only where it may matter
         try:
@@ -293,9 +289,14 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
 
 
 def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | None:
-    """Bytes of one checkpoint: what is trained in fp32, with its two optimiser states; None where sizes are unknown."""
-    sizes = Sizes.of(report["facts"]) if report else None
-    return trained_weights(sizes, config) * 12.0 if sizes else None
+    """Bytes of one checkpoint, all its files; None where the model's headers do not tell, or are still being checked."""
+    if report is None:
+        return None
+    try:
+        found = one_checkpoint(config, repr(stamp(Path(config.model_path))))
+    except OSError:  # the folder is being taken away
+        return None
+    return float(found[1]) if found else None
 
 
 def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Change, ...]]:

@@ -101,6 +101,7 @@ class MemoryFact:
     spread: float = 0.1
     moment: str = ""  # when the peak is reached
     words: str = ""  # what the figures are calibrated by
+    faster: tuple[Offer, ...] = ()  # what costs memory, fits all the same, and saves time
     micro_batch: int | None = None  # the one that would be chosen by itself
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config import Config, as_text, get, merged, parse_value, resolve, unflatten
 from trainer.config import field as setting
+from ui import numbers
 from ui.derived import Plan, plan_of
 from ui.gate_facts import Facts
 from ui.train_actions import METHOD_RATES, RATE
@@ -21,6 +22,8 @@ FEW_ROWS = 500
 STEPS_AN_EPOCH = 10
 CHECKS_A_RUN = 10
 LENGTH_MULTIPLE = 64
+ROOMY = 0.6
+"""Of the free memory: a run that needs less may compute more rows at once."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
         if key not in chosen and key not in found and value != before:
             found[key] = Suggestion(key, before, text, reason)
 
-    for key, value, reason in (*_rate(config), *_length(config, facts), *_size(config, _plan(config, facts))):
+    rules = (_rate(config), _length(config, facts), _size(config, _plan(config, facts)), _precision(config, facts))
+    for key, value, reason in (entry for rule in (*rules, _room(config, facts)) for entry in rule):
         take(key, value, as_text(setting(key), value), reason)
     # how often to save and check follows from the steps that the run will have with what was suggested so far
     taken = {s.key: parse_value(s.key, s.text) for s in found.values()}
@@ -119,10 +123,37 @@ def _rhythm(config: Config, plan: Plan) -> Rule:
         yield "output.save_steps", every, f"A stop loses at most {every:,} of {steps:,} steps."
 
 
+def _precision(config: Config, facts: Facts) -> Rule:
+    key, now = "hyperparams.fp_precision", config.hyperparams.fp_precision
+    if facts.on_gpu and now == "fp32":
+        yield key, "auto", "16-bit computation with fp32 weights is faster on this GPU; the updates stay exact."
+    elif not facts.on_gpu and facts.device_name and now == "fp16":
+        yield key, "auto", "Processors are slow at fp16, and its gradients overflow; auto takes fp32 here."
+
+
+def _room(config: Config, facts: Facts) -> Rule:
+    """What free memory allows: larger pieces of the same step."""
+    memory, h = facts.memory, config.hyperparams
+    if memory is None or not memory.fits or h.auto_micro_batch or h.gradient_accumulation == 1:
+        return
+    if memory.needs_gib <= ROOMY * memory.free_gib:
+        used = f"{numbers.memory(memory.needs_gib)} of {numbers.memory(memory.free_gib)}"
+        reason = (
+            f"Only about {used} would be used: larger pieces of the same {h.rows_per_step:,} rows a step are faster."
+        )
+        yield "hyperparams.auto_micro_batch", True, reason
+
+
 def _memory(facts: Facts) -> Iterator[tuple[str, str, str]]:
     memory = facts.memory
-    if memory is None or memory.needs_gib <= memory.free_gib or not memory.offers:
+    if memory is None:
         return
-    offer = memory.offers[0]
-    for key, text in offer.values.items():
-        yield key, text, f"Makes it fit: about {offer.saves_gib:.1f} GiB less{f', {offer.cost}' if offer.cost else ''}."
+    if memory.fits:
+        for offer in memory.faster:
+            for key, text in offer.values.items():
+                yield key, text, f"It fits without: about {-offer.saves_gib:.1f} GiB more, {offer.cost}."
+    elif memory.offers:
+        offer = memory.offers[0]
+        cost = f", {offer.cost}" if offer.cost else ""
+        for key, text in offer.values.items():
+            yield key, text, f"Makes it fit: {offer.text}, about {offer.saves_gib:.1f} GiB less{cost}."
