@@ -122,8 +122,11 @@ def test_after_20_steps_the_end_is_known_to_a_tenth(place: Place, kind: str, mon
     # seconds of this process's own work: on a machine that others use too, the wall's clock would measure them
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     monkeypatch.setattr(clock, "now", lambda: 1e9 + time.process_time())
-    run = runs.new(place[0], runs.settings(place[2], place[3], **({"eval": {"eval_strategy": "no"}} | KINDS[kind])))
-    assert runs.train(run, place[0], place[1]) == "finished", status(run).cause
-    forecast, real = forecast_after(run, 20)
-    print(f"{kind}: {forecast:.2f} s forecast, {real:.2f} s taken, {forecast / real - 1:+.1%}")
-    assert forecast == pytest.approx(real, rel=0.10), kind
+    off = []
+    for _ in range(3):  # a neighbour's burst in one of them costs caches too, which no clock leaves out
+        run = runs.new(place[0], runs.settings(place[2], place[3], **({"eval": {"eval_strategy": "no"}} | KINDS[kind])))
+        assert runs.train(run, place[0], place[1]) == "finished", status(run).cause
+        forecast, real = forecast_after(run, 20)
+        off.append(forecast / real - 1)
+    print(f"{kind}: {', '.join(f'{each:+.1%}' for each in off)}")
+    assert abs(sorted(off)[1]) <= 0.10, off

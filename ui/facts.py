@@ -32,14 +32,11 @@ from ui.drafts import Draft
 from ui.fit import memory_fact
 from ui.form_state import FormState, judged_values
 from ui.gate_facts import DataFact, DiskFact, Facts, ModelFact, SmokeFact
+from ui.judged_keys import DATA_KEYS
 from ui.site import Site
 
 CHECK_LIMIT_S = 3600.0
 RUNS_LOOKED_AT = 30
-DATA_KEYS = [
-    "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt", "data.chat_template",
-    "hyperparams.max_length",
-]  # fmt: skip
 
 
 def gather(site: Site, state: FormState, draft: Draft) -> Facts:

@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const signalbox = (window.signalbox ??= {});
-  const TYPING_MS = 150;
+  const TYPING_MS = 40; // the memory bar is to move while somebody types
   const AGAIN_MS = 5000;
   const ANSWER_MS = 2000;
   const SETTLE_MS = 60;
@@ -145,7 +145,8 @@
 
     /** Lines that judged a setting are out of date from the moment it is touched, not from the next answer on. */
     function grey(key) {
-      for (const line of by("gate-lines").querySelectorAll(`[data-fields~="${CSS.escape(key)}"]`)) line.classList.add("sb-stale");
+      const judging = `[data-fields~="${CSS.escape(key)}"], [data-fields="*"]`;
+      for (const line of by("gate-lines").querySelectorAll(judging)) line.classList.add("sb-stale");
     }
 
     /** A text box, a switch or a segment has a new value. */
