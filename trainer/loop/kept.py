@@ -92,9 +92,11 @@ _NEOX = {
 }
 # four norms a block, and scores pressed together by tanh, which no fused kernel does (Gemma 2)
 _GEMMA2_MORE = {
-    "fp32": Kept(Count(4, 1, -2), Count(), 8),
-    "mixed": Kept(Count(4), Count(0, 1, -2), 8),
-    "half": Kept(Count(6), Count(-2, 1, -2), 8),
+    (False, "fp32"): Kept(Count(4, 1, -2), Count(), 8),
+    (False, "mixed"): Kept(Count(4), Count(0, 1, -2), 8),
+    (False, "half"): Kept(Count(6), Count(-2, 1, -2), 8),
+    (True, "fp32"): Kept(Count(2, 1, -2), Count(), 8),
+    (True, "half"): Kept(Count(2), Count(0, 1, -2), 8),
 }
 PLAIN_GATED = frozenset({"llama", "mistral", "qwen2", "granite", "gemma", "phi3", "smollm3", "olmo"})
 COUNTED = PLAIN_GATED | {"qwen3", "gemma2", "gpt2", "gpt_neox"}
@@ -115,10 +117,10 @@ def kept(model_type: str | None, format_: Format, *, lora: bool, dropout: bool =
     else:
         found = _GATED[key]
         if model_type == "gemma2":
-            more = _GEMMA2_MORE[key[1]]
+            more = _GEMMA2_MORE[key]
             found = Kept(found.wide + more.wide, found.narrow + more.narrow, more.scores_bytes)
         elif model_type == "phi3":  # one matrix for queries, keys and values, which stays whole; one for gate and up
-            whole = Count(-3 if key == (False, "mixed") else 0, 1, 1)
+            whole = Count(-3 if key in ((False, "mixed"), (True, "half")) else 0, 1, 1, 0, -3 if lora else 0)
             wide, narrow = (whole, Count()) if key[1] == "fp32" else (Count(), whole)
             found = Kept(found.wide + wide, found.narrow + narrow)
         elif model_type not in PLAIN_GATED:

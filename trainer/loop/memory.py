@@ -221,12 +221,13 @@ def _step(config: Config, sizes: Sizes, work: Work, format_: Format, static: _St
     full = config.hyperparams.method == "full"
     stored, block, copies = _activations(config, sizes, work, format_)
     before = static.gradients if work.micro_batches > 1 else 0.0
+    own = static.gradients * sizes.matrices / max(1, sizes.parameters)  # the first block's come as its tensors go
     d_head = sizes.head * (2 if format_ == "half" else 4) if full else 0.0
     moments = [
         {"gradients": before, "activations": stored + copies, "logits": _head(sizes, work, format_, full)},
         {"gradients": before, "activations": stored + block, "logits": 2 * sizes.head * 4 * full},
         # the head's gradient waits for that of the embedding, which is as large, where the two are tied
-        {"gradients": static.gradients, "activations": block, "logits": d_head if sizes.tied else 0.0},
+        {"gradients": static.gradients - own, "activations": block, "logits": d_head if sizes.tied else 0.0},
         {
             "gradients": static.gradients,
             "activations": 0.0,
@@ -245,15 +246,18 @@ def _activations(config: Config, sizes: Sizes, work: Work, format_: Format) -> t
     one = work.tokens * each.bytes_each(widths, narrow, work.longest)
     # autocast makes a 16-bit copy of each matrix and keeps it while the pass lasts
     copies = 2.0 * sizes.matrices * sizes.layers if format_ == "mixed" else 0.0
+    if lora and format_ == "half":
+        copies = 2.0 * trained_weights(sizes, config)
     around = work.tokens * sizes.hidden * 3 * 4  # what goes into the first block, and the last norm
     if not h.use_gradient_checkpointing:
         return one * sizes.layers + around + copies, 0.0, 0.0
-    of_block = float(stream * sizes.hidden)
-    gated = is_gated(sizes.model_type)
+    saved = 0.0
     if h.gradient_checkpointing_policy == "selective":
-        of_block += narrow * products(widths, gated=gated, lora=lora)
-    gradient = work.tokens * narrow * (2 * sizes.inner + 2 * sizes.hidden)
-    return work.tokens * of_block * sizes.layers + around, one + gradient + copies / sizes.layers, copies
+        saved = narrow * products(widths, gated=is_gated(sizes.model_type), lora=lora)
+    # what is kept of a block is not made again; its products' gradients stand beside the rest
+    again = one - work.tokens * (saved - narrow * (2 * sizes.inner + 2 * sizes.hidden))
+    stored = work.tokens * (stream * sizes.hidden + saved) * sizes.layers + around
+    return stored, again + copies / sizes.layers, copies
 
 
 def _head(sizes: Sizes, work: Work, format_: Format, full: bool) -> float:
