@@ -308,6 +308,16 @@ def test_what_memory_allows_is_suggested_and_what_is_not_needed_is_dropped() -> 
     assert precise["hyperparams.fp_precision"] == "auto"
 
 
+def test_a_way_to_fit_that_touches_what_a_person_has_set_is_not_suggested_and_the_next_one_is() -> None:
+    smaller = {"hyperparams.batch_size": "1", "hyperparams.gradient_accumulation": "16"}
+    offers = (Offer("Micro-batch 4→1", smaller, 5.0, ""), TO_LORA)
+    facts = replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 1.0, offers=offers))
+    made = config(method="full", learning_rate=1e-5)
+    assert smaller.items() <= {s.key: s.text for s in suggest(made, set(), facts)}.items()
+    found = {s.key: s.text for s in suggest(made, {"hyperparams.batch_size"}, facts)}
+    assert found["hyperparams.method"] == "lora" and not smaller.keys() & found.keys()
+
+
 def test_several_gpus_are_named_with_the_command_that_uses_them() -> None:
     (line,) = [line for line in gate_lines(config(), [], replace(GOOD, gpus=2)) if line.code == "gpus"]
     assert line.status == "pass" and "torchrun --nproc-per-node 2 -m trainer train" in line.text

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import fit_history, process_peak
-from trainer.config import Config, merged, resolve, unflatten
+from trainer.config import Config, parse_value
 from trainer.fit_history import Calibration
 from trainer.launch import fingerprint
 from trainer.loop.memory import LIBRARIES_GIB, Forecast, Sizes, Work, forecast
@@ -153,13 +153,18 @@ def _those_that_fit(config: Config, setting: Setting, now: Forecast, candidates:
         if kind in kinds:  # a gentler change of the same kind is there already
             continue
         values = {key: text for way in ways for key, text in way.values.items()}
-        changed = resolve(merged(config.model_dump(), unflatten(values)))
-        after = setting.of(changed)
+        after = setting.of(_changed(config, values))
         if setting.fits(after) and after.total_gib < now.total_gib:
             kinds.add(kind)
             cost = ", ".join(dict.fromkeys(way.cost for way in ways if way.cost))
             offers.append(Offer(" + ".join(way.text for way in ways), values, now.total_gib - after.total_gib, cost))
     return offers
+
+
+def _changed(config: Config, values: dict[str, str]) -> Config:
+    """The settings with some hyperparameters changed, without judging all others again: a hundred ways are tried at once."""
+    update = {key.removeprefix("hyperparams."): parse_value(key, text) for key, text in values.items()}
+    return config.model_copy(update={"hyperparams": config.hyperparams.model_copy(update=update)})
 
 
 def _ways(config: Config, setting: Setting) -> Iterator[_Way]:
@@ -199,7 +204,7 @@ def faster_ways(config: Config, setting: Setting, now: Forecast) -> tuple[Offer,
         )
     found = []
     for way in ways if setting.fits(now) else ():
-        after = setting.of(resolve(merged(config.model_dump(), unflatten(way.values))))
+        after = setting.of(_changed(config, way.values))
         if setting.fits(after):
             found.append(Offer(way.text, way.values, now.total_gib - after.total_gib, way.cost))
     return tuple(found)

@@ -45,6 +45,9 @@ def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
         if key not in chosen and key not in found and value != before:
             found[key] = Suggestion(key, before, text, reason)
 
+    # first of all that it fits: a change of micro-batch and accumulation belongs together
+    for key, text, reason in _memory(facts, chosen):
+        take(key, parse_value(key, text), text, reason)
     rules = (_rate(config), _length(config, facts), _size(config, _plan(config, facts)), _precision(config, facts))
     for key, value, reason in (entry for rule in (*rules, _room(config, facts)) for entry in rule):
         take(key, value, as_text(setting(key), value), reason)
@@ -53,8 +56,6 @@ def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
     later = resolve(merged(config.model_dump(), unflatten(taken)))
     for key, value, reason in _rhythm(later, _plan(later, facts)):
         take(key, value, as_text(setting(key), value), reason)
-    for key, text, reason in _memory(facts):
-        take(key, parse_value(key, text), text, reason)
     return list(found.values())
 
 
@@ -105,7 +106,8 @@ def _size(config: Config, plan: Plan) -> Rule:
     if h.rows_per_step > wanted and h.gradient_accumulation > 1:
         smaller = max(1, wanted // h.batch_size)
         few = math.ceil(rows / h.rows_per_step)
-        reason = f"{rows:,} rows give only {few} steps an epoch at {h.rows_per_step} rows a step."
+        word = "step" if few == 1 else "steps"
+        reason = f"{rows:,} rows give only {few} {word} an epoch at {h.rows_per_step:,} rows a step."
         yield "hyperparams.gradient_accumulation", smaller, reason
 
 
@@ -144,7 +146,7 @@ def _room(config: Config, facts: Facts) -> Rule:
         yield "hyperparams.auto_micro_batch", True, reason
 
 
-def _memory(facts: Facts) -> Iterator[tuple[str, str, str]]:
+def _memory(facts: Facts, chosen: Set[str]) -> Iterator[tuple[str, str, str]]:
     memory = facts.memory
     if memory is None:
         return
@@ -152,8 +154,9 @@ def _memory(facts: Facts) -> Iterator[tuple[str, str, str]]:
         for offer in memory.faster:
             for key, text in offer.values.items():
                 yield key, text, f"It fits without: about {-offer.saves_gib:.1f} GiB more, {offer.cost}."
-    elif memory.offers:
-        offer = memory.offers[0]
+        return
+    offer = next((offer for offer in memory.offers if not chosen & offer.values.keys()), None)
+    if offer is not None:
         cost = f", {offer.cost}" if offer.cost else ""
         for key, text in offer.values.items():
             yield key, text, f"Makes it fit: {offer.text}, about {offer.saves_gib:.1f} GiB less{cost}."

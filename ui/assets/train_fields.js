@@ -58,6 +58,8 @@
 
     // ---- fields -------------------------------------------------------------------------------------------------
     function show(state) {
+      // an answer to all that was typed: what it says the same as before is true again
+      if (!isBusy()) for (const line of by("gate-lines").querySelectorAll(".sb-touched")) line.classList.remove("sb-touched");
       for (const wrapper of root.querySelectorAll(".sb-field")) {
         const key = state.keys[wrapper.id];
         const input = wrapper.querySelector("input, textarea");
@@ -146,7 +148,7 @@
     /** Lines that judged a setting are out of date from the moment it is touched, not from the next answer on. */
     function grey(key) {
       const judging = `[data-fields~="${CSS.escape(key)}"], [data-fields="*"]`;
-      for (const line of by("gate-lines").querySelectorAll(judging)) line.classList.add("sb-stale");
+      for (const line of by("gate-lines").querySelectorAll(judging)) line.classList.add("sb-touched");
     }
 
     /** A text box, a switch or a segment has a new value. */

@@ -116,8 +116,9 @@ def fit_html(memory: MemoryFact | None) -> str:
 
 def _when(memory: MemoryFact) -> str:
     """When the peak is reached, how far off the figure may be, and what it was calibrated by."""
-    at = f"The peak is reached in the {memory.moment}. " if memory.moment else ""
-    return f"{at}±{memory.spread * 100:.0f} %{f', {memory.words}' if memory.words else ''}."
+    at = f"The peak is in the {memory.moment}" if memory.moment else "The peak"
+    by = f", {memory.words}" if memory.words else ""
+    return f"{at}; the figure may be off by {memory.spread * 100:.0f} %{by}."
 
 
 def plan_html(line: str) -> str:
