@@ -86,8 +86,11 @@ def rows_of(root: Path, kind: str) -> Path:
     return path
 
 
-def measured(root: Path, case: Case, steps: int = 2) -> dict[str, Any]:
-    """What the run says of its memory: forecast, measured peak of its own process, and when it was reached."""
+def measured(root: Path, case: Case, steps: int = 2, workspace: Path | None = None) -> dict[str, Any]:
+    """What the run says of its memory: forecast, measured peak of its own process, and when it was reached.
+
+    A `workspace` that is given remembers the runs before.
+    """
     given = dict(case.settings)
     config = {
         "model_path": str(model_of(root, case.model)),
@@ -105,7 +108,7 @@ def measured(root: Path, case: Case, steps: int = 2) -> dict[str, Any]:
     settings.write_text(json.dumps(config))
     (folder / "lock").mkdir()
     environment = os.environ | {"XDG_RUNTIME_DIR": str(folder / "lock"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.peak_of_run", str(settings), str(folder)]
+    command = [sys.executable, "-m", "tests.peak_of_run", str(settings), str(workspace or folder)]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert said.returncode == 0, said.stderr[-2000:]
     found = json.loads(said.stdout.splitlines()[-1])

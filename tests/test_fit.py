@@ -52,6 +52,18 @@ def test_every_kind_of_run_takes_what_was_forecast(tmp_path_factory: pytest.Temp
     assert found["memory"]["forecast_gib"] == pytest.approx(found["peak_gib"], rel=0.15)
 
 
+@pytest.mark.slow
+def test_with_each_run_the_stated_error_shrinks_and_it_is_met(tmp_path: Path) -> None:
+    cases = [
+        Case(f"LoRA, {size} x 128", "mistral 32 M", fit_cases._of(size, 128, **fit_cases.LORA)) for size in (2, 4, 8)
+    ]
+    found = [fit_cases.measured(tmp_path, case, workspace=tmp_path / "one") for case in cases]
+    stated = [each["memory"]["error"] for each in found]
+    assert stated == pytest.approx([0.15, 0.10, 0.08])
+    for each in found:
+        assert each["memory"]["forecast_gib"] == pytest.approx(each["peak_gib"], rel=each["memory"]["error"])
+
+
 def entry(measured: float, fixed: float = 1.0, moving: float = 1.0, kind: str = "run", at: float = 0.0) -> Measured:
     return Measured(kind, "x", at, "model", "cpu", measured, fixed, moving)
 
