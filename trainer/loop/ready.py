@@ -133,13 +133,9 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     )
     prepare.refuse_foreign_ids(model.loaded, tokens.held_out, Path(config.model_path))
     facts = _facts(around, config, tokens, plan)
-    h = config.hyperparams
     groups = prepare.held_out_groups(config, tokens)
     fit = fit_before_start(around, config, model, tokens, plan, groups)
-    packs_each = fit.packs_each if fit is not None else h.batch_size
-    progress = Progress(packs_each=packs_each, checkpointing=h.use_gradient_checkpointing)
-    if found is not None:
-        progress = _take_up(around, config, model, facts, found)
+    progress = _progress(config, fit) if found is None else _take_up(around, config, model, facts, found)
     # the checkpoint's tokenizer carries the template that was really trained, not one that was replaced
     if tokens.cache.meta["chat_template"] is not None:
         model.tokenizer.chat_template = tokens.cache.meta["chat_template"]
@@ -159,6 +155,13 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     return Ready(
         tokens, plan, model, saver, sampler, groups, progress, found.step if found else None, facts, rewinds, fit
     )
+
+
+def _progress(config: Config, fit: Fit | None) -> Progress:
+    """Where a run stands that begins."""
+    h = config.hyperparams
+    packs_each = fit.packs_each if fit is not None else h.batch_size
+    return Progress(packs_each=packs_each, checkpointing=h.use_gradient_checkpointing)
 
 
 def _same_model(around: Surroundings, config: Config) -> None:
