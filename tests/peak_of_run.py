@@ -1,6 +1,6 @@
 """Trains one run in a process of its own and prints the most memory that process ever held, as the kernel counted it.
 
-`python -m tests.peak_of_run SETTINGS.json WORKSPACE`: one thread, glibc's malloc, and nothing but the run in the process.
+`python -m tests.peak_of_run SETTINGS.json WORKSPACE`: one thread, glibc's malloc set as where memory is short, nothing but the run in the process.
 Linux alone has VmHWM.
 """
 
@@ -23,6 +23,7 @@ def main(settings: Path, root: Path) -> None:
     """Train, then say how it ended and what it took."""
     import trainer.loop.train  # noqa: F401  # the libraries are there before the first look
 
+    process_peak.give_large_blocks_back()  # as a run does where memory is short
     before = process_peak.now_gib()
     workspace, worker = Workspace(root).create(), Worker()
     run = runs.new(workspace, resolve(json.loads(settings.read_text())))

@@ -111,6 +111,7 @@ def test_an_automatic_micro_batch_trains_the_curve_of_the_explicit_one(place: Pl
     assert "micro_batch" not in told.snapshot()
     assert curve(chosen).tolist() == curve(told).tolist()
     log = "\n".join(event["text"] for event in all_events(chosen.events) if event["kind"] == "log")
+    assert "Memory is short" not in log, "with room to spare nothing is slowed down"
     assert "Micro-batch 4, chosen by itself" in log and "each step trains the same 4 rows" in log
 
 
@@ -122,6 +123,8 @@ def test_an_automatic_micro_batch_is_as_large_as_fits_and_is_settled_once(
     with monkeypatch.context() as patch:
         patch.setattr(fits, "room_gib", lambda device: 0.0)
         assert runs.train(run, place[0], place[1], stop_at=2) == "stopped"
+    log = "\n".join(event["text"] for event in all_events(run.events) if event["kind"] == "log")
+    assert "Memory is short: what a step frees goes back at once" in log
     assert run.snapshot()["micro_batch"] == {"rows": 1, "accumulation": 8}
     assert runs.train(run, place[0], place[1]) == "finished", status(run).cause
     assert run.snapshot()["micro_batch"] == {"rows": 1, "accumulation": 8}, "a resume chose anew"

@@ -224,7 +224,6 @@ def _run(
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:
-        process_peak.give_large_blocks_back()
         process_peak.begin()
     return _train(life, around, config, prompt, found)
 

@@ -81,7 +81,6 @@ def _check_all(
 ) -> None:
     torch.set_num_threads(threads)
     before_gib = used_gib(False)
-    process_peak.give_large_blocks_back()
     device = pick_device(here.device)
     model_path = Path(config.model_path)
     report.doing("tokenising")
