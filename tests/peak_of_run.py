@@ -1,7 +1,7 @@
 """Trains one run in a process of its own and prints the most memory that process ever held, as the kernel counted it.
 
-`python -m tests.peak_of_run SETTINGS.json WORKSPACE`: one thread, glibc's malloc set as where memory is short, nothing but the run in the process.
-Linux alone has VmHWM.
+`python -m tests.peak_of_run SETTINGS.json WORKSPACE`: one thread, glibc's malloc set as a run sets it where memory is short,
+nothing but the run in the process. Linux alone has VmHWM.
 """
 
 from __future__ import annotations
