@@ -113,6 +113,12 @@ def rows_sorted(seen: Seen) -> list[list[int]]:
     return [sorted(rows) for rows in order(seen)]
 
 
+def micro_batch(seen: Seen) -> int | None:
+    """Rows of the micro-batch that the run chose by itself; None where it was told."""
+    chosen = seen.here.snapshot().get("micro_batch")
+    return chosen["rows"] if chosen else None
+
+
 def total_steps(seen: Seen) -> int:
     """Steps that were taken."""
     return len(curve(seen.here))

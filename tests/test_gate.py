@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from trainer.config import Change, Config, resolve
-from trainer.fields import FieldProblem
+from trainer.fields import FieldProblem, fields
 from ui.derived import derived_line, plan_of
 from ui.form_state import judged_values
 from ui.gate import blocking, gate_lines, headline
 from ui.gate_facts import DataFact, DiskFact, Facts, GateLine, MemoryFact, ModelFact, Offer, SmokeFact
+from ui.judged_keys import DATA_KEYS, DISK_KEYS, FIT_KEYS
 from ui.suggest import suggest
 
 
@@ -266,6 +267,55 @@ def test_where_memory_is_short_the_first_way_out_is_suggested() -> None:
     facts = replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 1.0, offers=(offer,)))
     found = {s.key: s.text for s in suggest(config(), set(), facts)}
     assert found["hyperparams.use_gradient_checkpointing"] == "true"
+
+
+def test_every_line_that_judges_settings_names_them_all_so_that_it_can_grey() -> None:
+    known = {info.key for info in fields()}
+    assert set(FIT_KEYS) | set(DATA_KEYS) | set(DISK_KEYS) <= known
+    facts = replace(GOOD, last_good="run 7", smoke=SmokeFact("done", (), 12, 0, judged={"lora.r": 8}))
+    judged = {entry.code: set(entry.fields) for entry in lines_of(facts)}
+    assert {"hyperparams.batch_size", "lora.r", "hyperparams.max_length"} <= judged["memory"]
+    assert {"output.save_total_limit", "hyperparams.method"} <= judged["disk"]
+    assert {"hyperparams.max_length", "profile.name"} <= judged["data"]
+    assert judged["smoke"] == {"lora.r"} and judged["last-good"] == {"*"}
+    assert not [code for code, keys in judged.items() if not keys], "a line that never greys"
+
+
+def test_memory_that_may_be_short_is_a_warning_and_what_it_was_calibrated_by_is_said() -> None:
+    tight = MemoryFact(22.0, 23.1, 24.0, 1.2, spread=0.1, words="calibrated by the smoke test of 14:02")
+    found = line("memory", lines_of(replace(GOOD, memory=tight)))
+    assert (found.status, found.blocks) == ("warning", False)
+    assert found.text.startswith(
+        "Tight: about 22.0 GiB (±10 %, calibrated by the smoke test of 14:02) of 23.1 GiB free"
+    )
+    nothing = MemoryFact(90.0, 23.1, 24.0, 1.2)
+    assert "No change here makes it fit" in line("memory", lines_of(replace(GOOD, memory=nothing))).text
+
+
+def test_what_memory_allows_is_suggested_and_what_is_not_needed_is_dropped() -> None:
+    roomy = replace(GOOD, memory=MemoryFact(3.0, 23.1, 24.0, 1.2))
+    found = {s.key: s for s in suggest(config(), set(), roomy)}
+    assert found["hyperparams.auto_micro_batch"].text == "true"
+    assert "3.0 GiB of 23.1 GiB" in found["hyperparams.auto_micro_batch"].reason
+    assert "hyperparams.auto_micro_batch" not in {s.key for s in suggest(config(), set(), GOOD)}
+    off = Offer("Checkpointing off", {"hyperparams.use_gradient_checkpointing": "false"}, -4.0, "about a fifth faster")
+    spare = replace(GOOD, memory=MemoryFact(9.0, 23.1, 24.0, 1.2, faster=(off,)))
+    on = config(use_gradient_checkpointing=True)
+    taken = {s.key: s for s in suggest(on, set(), spare)}["hyperparams.use_gradient_checkpointing"]
+    assert taken.text == "false" and taken.reason == "It fits without: about 4.0 GiB more, about a fifth faster."
+    assert not {s.key for s in suggest(on, {taken.key}, spare)} & {taken.key}
+    precise = {s.key: s.text for s in suggest(config(fp_precision="fp32"), set(), GOOD)}
+    assert precise["hyperparams.fp_precision"] == "auto"
+
+
+def test_a_way_to_fit_that_touches_what_a_person_has_set_is_not_suggested_and_the_next_one_is() -> None:
+    smaller = {"hyperparams.batch_size": "1", "hyperparams.gradient_accumulation": "16"}
+    offers = (Offer("Micro-batch 4→1", smaller, 5.0, ""), TO_LORA)
+    facts = replace(GOOD, memory=MemoryFact(26.1, 23.1, 24.0, 1.0, offers=offers))
+    made = config(method="full", learning_rate=1e-5)
+    assert smaller.items() <= {s.key: s.text for s in suggest(made, set(), facts)}.items()
+    found = {s.key: s.text for s in suggest(made, {"hyperparams.batch_size"}, facts)}
+    assert found["hyperparams.method"] == "lora" and not smaller.keys() & found.keys()
 
 
 def test_several_gpus_are_named_with_the_command_that_uses_them() -> None:

@@ -101,6 +101,10 @@ TABLE = (
     Line("hyperparams.method", "lora", o.saved_tensors, lambda a, b: all("lora_" in name for name in b), (o.order,)),
     Line("hyperparams.batch_size", 1, o.order, lambda a, b: [len(a[0]), len(b[0])] == [4, 2], (o.token_key, o.rates)),
     Line("hyperparams.gradient_accumulation", 1, o.order, lambda a, b: [len(a[0]), len(b[0])] == [4, 2], (o.rates,)),
+    Line(
+        "hyperparams.auto_micro_batch", True, o.micro_batch, lambda a, b: (a, b) == (None, 4),
+        (o.order, o.rates, o.token_key),
+    ),
     Line("hyperparams.learning_rate", 6e-3, o.rates, lambda a, b: b == [2 * rate for rate in a], (o.order, o.token_key)),
     Line(
         "hyperparams.num_epochs", 2, o.total_steps, lambda a, b: (a, b) == (4, 8), given={"hyperparams.max_steps": None}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trainer.config import resolve
-from trainer.loop.memory import Sizes, adapter_weights, parts
+from trainer.loop.memory import Sizes, Work, adapter_weights, forecast
 from trainer.machine import Gpu, Machine
 from trainer.refusal import Refusal
 from ui import train_do
@@ -213,7 +213,7 @@ def test_a_stamp_changes_with_a_file_and_with_a_folders_files(tmp_path: Path) ->
 
 QWEN3_06B = {
     "parameters": 596_049_920, "hidden_size": 1024, "layers": 28, "vocab_size": 151_936, "intermediate_size": 3072,
-    "heads": 16, "kv_heads": 8, "head_dim": 128,
+    "heads": 16, "kv_heads": 8, "head_dim": 128, "model_type": "qwen3",
 }  # fmt: skip
 CARD = Machine((Gpu(0, "GPU-1", "NVIDIA RTX 4090", 24.0, 23.1),), "cpu", 8, 64.0, 60.0, False, None)
 
@@ -222,19 +222,24 @@ def full(**hyperparams: Any) -> Any:
     return resolve({"hyperparams": {"method": "full", "max_length": 2048} | hyperparams})
 
 
-def test_full_training_with_fp32_masters_costs_what_adamw_needs() -> None:
-    sizes = Sizes.of(QWEN3_06B)
+def whole(on_gpu: bool = True, **hyperparams: Any) -> dict[str, float]:
+    """GiB by part of a run on whole rows of the maximum length."""
+    sizes, config = Sizes.of(QWEN3_06B), full(**hyperparams)
     assert sizes is not None
-    found = parts(full(fp_precision="fp32"), sizes, None, on_gpu=False)
+    h = config.hyperparams
+    tokens = h.batch_size * h.max_length
+    return forecast(config, sizes, Work(tokens, tokens, h.max_length, h.gradient_accumulation), on_gpu).parts
+
+
+def test_full_training_with_fp32_masters_costs_what_adamw_needs() -> None:
+    found = whole(on_gpu=False, fp_precision="fp32")
     gib = 596_049_920 / 2**30
     for part, bytes_each in (("weights", 4), ("gradients", 4), ("optimiser states", 8)):
         assert found[part] == pytest.approx(gib * bytes_each)
 
 
 def test_less_work_at_a_time_never_needs_more_memory() -> None:
-    sizes = Sizes.of(QWEN3_06B)
-    assert sizes is not None
-    total: Callable[..., float] = lambda **h: sum(parts(full(**h), sizes, None, True).values())  # noqa: E731
+    total: Callable[..., float] = lambda **h: sum(whole(**h).values())  # noqa: E731
     assert total(batch_size=8) > total(batch_size=4) > total(batch_size=1)
     assert total(max_length=4096) > total(max_length=1024)
     kept, some, none = (
@@ -252,7 +257,7 @@ def test_every_offer_would_fit_and_keeps_the_rows_of_a_step() -> None:
     fact = memory_fact(config, {"facts": QWEN3_06B}, None, CARD)
     assert fact is not None and fact.needs_gib > fact.free_gib and len(fact.offers) >= 2
     for offer in fact.offers:
-        assert fact.needs_gib - offer.saves_gib <= fact.free_gib
+        assert (fact.needs_gib - offer.saves_gib) * (1 + fact.spread) <= fact.free_gib
         if "hyperparams.batch_size" in offer.values:
             rows = int(offer.values["hyperparams.batch_size"]) * int(offer.values["hyperparams.gradient_accumulation"])
             assert rows == config.hyperparams.rows_per_step

@@ -17,6 +17,7 @@ from trainer.files import make_private_dir, read_json, write_json
 from trainer.metrics import RECORD, read_records
 from trainer.refusal import Refusal
 from trainer.states import LIVE_STATES, State, allowed, derive, following
+from trainer.time_left import Asides, TokenMarks, asides_s, last_write_s, steps_s
 
 WINDOW_STEPS = 100  # the newest steps, for speed and time left
 
@@ -36,6 +37,11 @@ class RunDir:
     def config(self) -> Path:
         """Resolved snapshot, written once."""
         return self.path / "config.json"
+
+    @property
+    def plan(self) -> Path:
+        """The tokens of the plan by step, for the time left."""
+        return self.path / "plan.json"
 
     @property
     def metrics(self) -> Path:
@@ -86,6 +92,14 @@ class RunDir:
         if not isinstance(content, dict) or "run_id" not in content:
             raise Refusal(f"{self.path.name} is not a run: it has no config.json of one.")
         return content
+
+    def token_marks(self) -> TokenMarks | None:
+        """The tokens planned by step; None before there is a plan, and in runs of a version that kept none."""
+        try:
+            kept = read_json(self.plan)
+            return TokenMarks(kept["steps"], kept["tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def read_notes(self) -> dict[str, Any]:
         """Name and purpose as the page left them."""
@@ -190,12 +204,15 @@ class StatusReader:
         self._last: str | None = None
         self._life_began: float | None = None
         self._left_out = LeftOut()
+        self._asides = Asides()
+        self._marks: TokenMarks | None = None
+        self._saved_bytes: float | None = None
         self._status = Status(run.run_id, "queued")
         self._from_snapshot()
 
     def _from_snapshot(self) -> None:
         snapshot = self._run.snapshot()
-        config = snapshot.get("config", {})
+        config = self._config = snapshot.get("config", {})
         status = self._status
         status.model_display_name = snapshot.get("model", {}).get("display_name", "")
         status.model_path = config.get("model_path", "")
@@ -236,6 +253,7 @@ class StatusReader:
         if kind in ("started", "resumed"):
             status.started_at = status.started_at or at
             self._life_began = at
+            self._asides = Asides()
             status.ended_at = status.cause = status.cause_step = None
             status.owner = event.get("owner", "")
             status.gen += 1
@@ -249,10 +267,12 @@ class StatusReader:
             status.gen += 1
         elif kind == "phase":
             status.phase = event.get("name")
+            self._asides.phase(status.phase, at or 0.0)
             status.phase_done, status.phase_total = event.get("done"), event.get("total")
         elif kind == "plan":
             status.total_steps, status.steps_per_epoch = event.get("total_steps"), event.get("steps_per_epoch")
             status.processes = event.get("processes", 1)
+            self._marks = self._run.token_marks()
         elif kind == bad_rows.KIND:
             self._left_out.add(int(event["row"]), int(event["step"]), held_out=bool(event.get("held_out")))
             status.rows_left_out = self._left_out.count
@@ -262,6 +282,8 @@ class StatusReader:
                 status.best_held_out, status.best_step = status.held_out_loss, event.get("step")
         elif kind == "checkpoint":
             status.last_checkpoint_step = event.get("step")
+            self._saved_bytes = event.get("bytes")
+            self._asides.written_s.append(float(event.get("seconds") or 0.0))
         elif kind in ("paused", "stopped", "finished", "failed", "diverged"):
             status.ended_at, status.phase = at, None
             status.cause, status.cause_step = event.get("cause"), event.get("step")
@@ -285,9 +307,13 @@ class StatusReader:
         status.eta_s = None
         mine = recent[_begin_of_life(recent["t"], self._life_began or 0.0) :]
         if status.total_steps and status.state in LIVE_STATES and status.current_step >= 20 and len(mine) >= 5:
-            # by the wall clock of this life, so that held-out checks, samples and saves are in it
-            pace_s = float(mine["t"][-1] - mine["t"][0]) / (len(mine) - 1)
-            status.eta_s = (status.total_steps - status.current_step) * pace_s
+            status.eta_s = self._seconds_left(mine, status.current_step, status.total_steps)
+
+    def _seconds_left(self, mine: np.ndarray, step: int, total: int) -> float:
+        """Seconds from `step` to the end, by the records of this life; the first step warms up and is left out."""
+        left = steps_s(self._marks, step, total, mine[1:])
+        left += asides_s(self._config, step, total, self._status.steps_per_epoch, self._asides)
+        return left + last_write_s(self._saved_bytes, self._asides)
 
 
 def is_trained(run: RunDir) -> bool:

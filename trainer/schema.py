@@ -122,6 +122,9 @@ class HyperparamSettings(Section):
         ge=1,
         le=4096,
     )
+    auto_micro_batch: bool = setting(
+        False, "Automatic micro-batch", "Takes the largest that the memory forecast fits; rows per step stay.", "Memory"
+    )
     learning_rate: Real = setting(
         2e-4,
         "Learning rate",

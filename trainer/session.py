@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from trainer import checkpoint, console, control, locks
+from trainer import checkpoint, console, control, locks, process_peak
 from trainer.ends import boot_id
 from trainer.events import EventLog, all_events
 from trainer.launch import Prompt
@@ -245,9 +245,13 @@ def _run(
         team or ALONE,
         lambda: workspace.current.standing(life.run.run_id),
         tell,
+        workspace.root,
+        used_gib(False),
     )
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        process_peak.begin()
     return _train(life, around, config, prompt, found)
 
 
@@ -257,6 +261,7 @@ def _train(
     """Get ready and take the steps; once more from a checkpoint when memory ran out in the update, or after a divergence where
     the settings say so.
     """
+    from trainer.loop.fit_start import remember_run
     from trainer.loop.prepare import Left
     from trainer.loop.ready import get_ready
     from trainer.loop.shortage import go_on_smaller
@@ -264,7 +269,10 @@ def _train(
 
     gpu = around.device != "cpu"
     try:
-        outcome = Training(around, config, get_ready(around, config, prompt, found)).loop()
+        ready = get_ready(around, config, prompt, found)
+        outcome = Training(around, config, ready).loop()
+        remember_run(around, ready)
+        del ready
         while outcome.kind in ("diverged", "memory"):
             short = outcome if outcome.kind == "memory" else None
             if short is not None:

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from trainer import process_peak
 from trainer.config import flatten
 from trainer.fields import without_secrets
 from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import smoke_checks as checks
+from trainer.loop.fit import with_micro_batch
+from trainer.loop.fit_start import fit_of_smoke, remember_smoke
 from trainer.loop.prepare import Left, all_tokens, build_model, pick_device, plan_of, safetensors_folder
 from trainer.machine import Machine
 from trainer.refusal import Refusal
@@ -77,6 +80,7 @@ def _check_all(
     interrupt: Callable[[], bool],
 ) -> None:
     torch.set_num_threads(threads)
+    before_gib = used_gib(False)
     device = pick_device(here.device)
     model_path = Path(config.model_path)
     report.doing("tokenising")
@@ -94,9 +98,13 @@ def _check_all(
     checks.finite_weights(report, model)
     checks.loss_path(report, model)
     checks.checkpointing(report, config, model, tokens)
+    fit = fit_of_smoke(config, model, tokens, plan, workspace.root, here.device, before_gib)
+    config = with_micro_batch(config, fit.packs_each)
     bench = checks.Bench(config, model, tokens, plan, device, report, interrupt)
     report.doing("training on the longest rows")
+    process_peak.begin()
     checks.longest_rows(report, bench)
+    remember_smoke(report, fit, workspace.root, folder.name)
     report.doing("training one batch again and again")
     checks.loss_falls(report, bench)
     checks.attention_called(report, model)

@@ -19,9 +19,9 @@ import profiles
 from trainer import disk_need
 from trainer.config import Change, Config, diff, field, resolve
 from trainer.data.conversation import PROBLEM_NAMES
+from trainer.disk_forecast import one_checkpoint
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
-from trainer.loop.memory import Sizes, trained_weights
 from trainer.packages import has_bitsandbytes
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
@@ -32,14 +32,11 @@ from ui.drafts import Draft
 from ui.fit import memory_fact
 from ui.form_state import FormState, judged_values
 from ui.gate_facts import DataFact, DiskFact, Facts, ModelFact, SmokeFact
+from ui.judged_keys import DATA_KEYS
 from ui.site import Site
 
 CHECK_LIMIT_S = 3600.0
 RUNS_LOOKED_AT = 30
-DATA_KEYS = [
-    "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt", "data.chat_template",
-    "hyperparams.max_length",
-]  # fmt: skip
 
 
 def gather(site: Site, state: FormState, draft: Draft) -> Facts:
@@ -64,7 +61,8 @@ def gather(site: Site, state: FormState, draft: Draft) -> Facts:
     report = model_report(site, config)
     data = data_fact(site, config)
     plan = plan_for(config, data)
-    memory = memory_fact(config, report.result if report and report.state == "done" else None, data, here)
+    known_model = report.result if report and report.state == "done" else None
+    memory = memory_fact(config, known_model, data, here, site.workspace.root, plan.steps)
     last_good, changes = last_good_run(site, config)
     return Facts(
         **known, model=_model_fact(config, report), data=data, memory=memory, smoke=smoke, steps=plan.steps,
@@ -231,7 +229,15 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
             if warning["code"] != "duplicates"
         ),
         judged=judged,
+        lengths=tuple(each for report, lengths in measured for each in _bins(report, lengths)),
     )
+
+
+def _bins(report: dict[str, Any], lengths: dict[str, Any]) -> list[tuple[float, float, float]]:
+    """(from, to, rows) of the doctor's histogram, scaled from its sample to all rows of the file."""
+    edges, counts = lengths["histogram"]["edges"], lengths["histogram"]["counts"]
+    scale = _rows_of(report) / max(1, lengths["sampled"])
+    return [(low, high, count * scale) for low, high, count in zip(edges, edges[1:], counts, strict=False) if count]
 
 
 def _rows_of(report: dict[str, Any]) -> int:
@@ -283,11 +289,7 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
     one = checkpoint_bytes(config, report.result if report and report.state == "done" else None)
     if one is None:
         return None if writable else DiskFact(0, 0, free, writable)
-    saves = 1
-    if plan.steps is not None and config.output.save_steps:
-        saves = max(1, plan.steps // config.output.save_steps)
-    # the best and the newest always stay, and a new one is whole before an old one goes
-    kept = min(saves, config.output.save_total_limit + 1) + 1
+    kept = disk_need.checkpoints_at_once(config, plan.steps)
     refused = ""
     if one * kept > free and writable:  # what Start would say; it reads every header, so only where it may matter
         try:
@@ -298,9 +300,14 @@ def disk_fact(site: Site, config: Config, report: Check | None, plan: Plan) -> D
 
 
 def checkpoint_bytes(config: Config, report: dict[str, Any] | None) -> float | None:
-    """Bytes of one checkpoint: what is trained in fp32, with its two optimiser states; None where sizes are unknown."""
-    sizes = Sizes.of(report["facts"]) if report else None
-    return trained_weights(sizes, config) * 12.0 if sizes else None
+    """Bytes of one checkpoint, all its files; None where the model's headers do not tell, or are still being checked."""
+    if report is None:
+        return None
+    try:
+        found = one_checkpoint(config, repr(stamp(Path(config.model_path))))
+    except OSError:  # the folder is being taken away
+        return None
+    return float(found[1]) if found else None
 
 
 def last_good_run(site: Site, config: Config) -> tuple[str, tuple[Change, ...]]:

@@ -15,6 +15,7 @@ from trainer.values import as_text
 from ui import numbers
 from ui.form_state import changed_titles
 from ui.gate_facts import Action, DataFact, Facts, GateLine, Offer, Status
+from ui.judged_keys import DATA_KEYS, DISK_KEYS, EVERYTHING, FIT_KEYS
 
 _ORDER: dict[Status, int] = {"problem": 0, "warning": 1, "not-run": 2, "pass": 3, "not-possible": 4}
 _SIGNS = {"pass": "✓", "problem": "✕", "not-possible": "–"}
@@ -27,8 +28,10 @@ def gate_lines(config: Config | None, problems: list[FieldProblem], facts: Facts
     lines = [_problem(p) for p in problems]
     if config is not None:
         known = {p.field for p in problems}
-        lines += [line for line in _chosen(config, facts) if not known & set(line.fields)]
-        lines += _device(config, facts) + _memory(facts) + _disk(facts) + _plan(config, facts)
+        # what was judged with a value that cannot be used says nothing of the form as it stands
+        judged = _chosen(config, facts) + _memory(facts) + _disk(facts)
+        lines += [line for line in judged if not known & set(line.fields)]
+        lines += _device(config, facts) + _plan(config, facts)
         lines += _last_good(facts) + [_smoke(config, facts)]
     if facts.busy:
         lines.append(_busy(facts))
@@ -122,9 +125,10 @@ def _data(config: Config, facts: Facts) -> list[GateLine]:
         text = f"Data: being checked{part}."
         if stale:
             text = f"Data: {fact.usable:,} rows usable. Out of date, {_and(stale)} changed; being checked again{part}."
-        return [GateLine("data", "not-run", text, (), key)]
-    notes = [GateLine("data-note", "warning", note, (), key) for note in fact.notes]
-    return _usable_rows(config, fact, key) + _long_rows(config, fact) + notes
+        return [GateLine("data", "not-run", text, (), tuple(DATA_KEYS))]
+    judged = tuple(DATA_KEYS)
+    notes = [GateLine("data-note", "warning", note, (), judged) for note in fact.notes]
+    return _usable_rows(config, fact, judged) + _long_rows(config, fact) + notes
 
 
 def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[GateLine]:
@@ -154,7 +158,7 @@ def _usable_rows(config: Config, fact: DataFact, key: tuple[str, ...]) -> list[G
 def _long_rows(config: Config, fact: DataFact) -> list[GateLine]:
     if not fact.too_long:
         return []
-    keys = ("hyperparams.max_length", "data.too_long")
+    keys = ("hyperparams.max_length", "data.too_long", *DATA_KEYS)
     about = "about " if fact.sampled else ""
     rows = f"{about}1 row is" if fact.too_long == 1 else f"{about}{fact.too_long:,} rows are"
     rows = rows[:1].upper() + rows[1:]
@@ -208,19 +212,23 @@ def _memory(facts: Facts) -> list[GateLine]:
     if fact is None:
         return []
     need, free = numbers.memory(fact.needs_gib), numbers.memory(fact.free_gib)
-    keys = tuple({key for offer in fact.offers for key in offer.values})
-    if fact.needs_gib <= fact.free_gib:
-        text = f"Fits: about {need} (±{fact.spread * 100:.0f} %) of {free} free."
-        return [GateLine("memory", "pass", text, (), keys)]
+    about = f"±{fact.spread * 100:.0f} %{f', {fact.words}' if fact.words else ''}"
+    if fact.fits:
+        chosen = f" Micro-batch {fact.micro_batch:,}, chosen by itself." if fact.micro_batch else ""
+        return [GateLine("memory", "pass", f"Fits: about {need} ({about}) of {free} free.{chosen}", (), FIT_KEYS)]
     actions = tuple(Action(_saving(offer), "set", values=offer.values) for offer in fact.offers)
     if fact.weights_gib > fact.total_gib:
         whole = numbers.memory(fact.total_gib)
         text = f"Does not fit: the weights alone are {numbers.memory(fact.weights_gib)}, the device has {whole}."
-        return [GateLine("memory", "problem", text, actions, keys, True)]
-    text = f"Needs about {need} (±{fact.spread * 100:.0f} %); {free} is free."
-    if actions:
-        text += " Any one of these makes it fit:" if len(actions) > 1 else " This makes it fit:"
-    return [GateLine("memory", "problem", text, actions, keys)]
+        return [GateLine("memory", "problem", text, actions, FIT_KEYS, True)]
+    cures = " Any one of these makes it fit:" if len(actions) > 1 else " This makes it fit:" if actions else ""
+    if fact.needs_gib <= fact.free_gib:
+        text = f"Tight: about {need} ({about}) of {free} free; the smoke test measures it.{cures}"
+        return [GateLine("memory", "warning", text, actions, FIT_KEYS)]
+    text = (
+        f"Needs about {need} ({about}); {free} is free.{cures or ' No change here makes it fit: take a smaller model.'}"
+    )
+    return [GateLine("memory", "problem", text, actions, FIT_KEYS)]
 
 
 def _saving(offer: Offer) -> str:
@@ -229,20 +237,21 @@ def _saving(offer: Offer) -> str:
 
 
 def _disk(facts: Facts) -> list[GateLine]:
-    fact, keys = facts.disk, ("output.save_steps", "output.save_total_limit")
+    fact, keys = facts.disk, DISK_KEYS
     if fact is None:
         return []
     if not fact.writable:
         return [GateLine("disk", "problem", "The workspace cannot be written, so nothing could be saved.", blocks=True)]
     needed, free = numbers.disk(fact.needed_bytes), numbers.disk(fact.free_bytes)
+    keep = _go("output.save_total_limit", "Keep fewer checkpoints")
     if fact.one_bytes > fact.free_bytes:
         text = f"The disk has {free} free; one checkpoint needs {numbers.disk(fact.one_bytes)}."
         return [GateLine("disk", "problem", text, (), keys, True)]
     if fact.refused:
-        return [GateLine("disk", "problem", fact.refused, (_go(keys[1], "Keep fewer checkpoints"),), keys, True)]
+        return [GateLine("disk", "problem", fact.refused, (keep,), keys, True)]
     if fact.needed_bytes > fact.free_bytes:
         text = f"The disk may fill up: {needed} needed, {free} free."
-        return [GateLine("disk", "warning", text, (_go(keys[1], "Keep fewer checkpoints"),), keys)]
+        return [GateLine("disk", "warning", text, (keep,), keys)]
     return [GateLine("disk", "pass", f"Disk: {needed} needed, {free} free.", (), keys)]
 
 
@@ -270,7 +279,9 @@ def _last_good(facts: Facts) -> list[GateLine]:
         return []
     changes = [change for change in facts.last_changes if change.field not in ("model_name", "model_display_name")]
     if not changes:
-        return [GateLine("last-good", "pass", f"Same settings as your last good run ({facts.last_good}).")]
+        return [
+            GateLine("last-good", "pass", f"Same settings as your last good run ({facts.last_good}).", (), EVERYTHING)
+        ]
     more = tuple(f"{c.title}: {_shown(c.field, c.before)} → {_shown(c.field, c.after)}" for c in changes)
     rate = next((c for c in changes if c.field == "hyperparams.learning_rate"), None)
     if rate is not None and rate.before and rate.after:
@@ -279,9 +290,9 @@ def _last_good(facts: Facts) -> list[GateLine]:
             text = f"Learning rate is {numbers.rate(rate.after)}, {_times(factor)} that of your last good run."
             key = "hyperparams.learning_rate"
             back = Action(numbers.rate(rate.before), "set", values={key: as_text(setting(key), rate.before)})
-            return [GateLine("last-good", "warning", text, (back,), (key,), more=more)]
+            return [GateLine("last-good", "warning", text, (back,), EVERYTHING, more=more)]
     text = f"{len(changes)} setting{'s differ' if len(changes) > 1 else ' differs'} from your last good run."
-    return [GateLine("last-good", "pass", text, more=more)]
+    return [GateLine("last-good", "pass", text, (), EVERYTHING, more=more)]
 
 
 def _times(factor: float) -> str:

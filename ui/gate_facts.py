@@ -75,6 +75,7 @@ class DataFact:
     trained_rows: int | None = None  # rows of training: conversations, and the pieces of plain texts
     done: float | None = None
     judged: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[tuple[float, float, float], ...] = ()  # (from, to, rows): tokens of all rows, by a sample
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ class MemoryFact:
     parts: tuple[tuple[str, float], ...] = ()
     offers: tuple[Offer, ...] = ()
     spread: float = 0.1
+    moment: str = ""  # when the peak is reached
+    words: str = ""  # what the figures are calibrated by
+    faster: tuple[Offer, ...] = ()  # what costs memory, fits all the same, and saves time
+    micro_batch: int | None = None  # the one that would be chosen by itself
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits even where the forecast is too low by its stated error."""
+        return self.needs_gib * (1 + self.spread) <= self.free_gib
 
 
 @dataclass(frozen=True)

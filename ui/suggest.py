@@ -13,6 +13,7 @@ from typing import Any
 
 from trainer.config import Config, as_text, get, merged, parse_value, resolve, unflatten
 from trainer.config import field as setting
+from ui import numbers
 from ui.derived import Plan, plan_of
 from ui.gate_facts import Facts
 from ui.train_actions import METHOD_RATES, RATE
@@ -21,6 +22,8 @@ FEW_ROWS = 500
 STEPS_AN_EPOCH = 10
 CHECKS_A_RUN = 10
 LENGTH_MULTIPLE = 64
+ROOMY = 0.6
+"""Of the free memory: a run that needs less may compute more rows at once."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,17 @@ def suggest(config: Config, chosen: Set[str], facts: Facts) -> list[Suggestion]:
         if key not in chosen and key not in found and value != before:
             found[key] = Suggestion(key, before, text, reason)
 
-    for key, value, reason in (*_rate(config), *_length(config, facts), *_size(config, _plan(config, facts))):
+    # first of all that it fits: a change of micro-batch and accumulation belongs together
+    for key, text, reason in _memory(facts, chosen):
+        take(key, parse_value(key, text), text, reason)
+    rules = (_rate(config), _length(config, facts), _size(config, _plan(config, facts)), _precision(config, facts))
+    for key, value, reason in (entry for rule in (*rules, _room(config, facts)) for entry in rule):
         take(key, value, as_text(setting(key), value), reason)
     # how often to save and check follows from the steps that the run will have with what was suggested so far
     taken = {s.key: parse_value(s.key, s.text) for s in found.values()}
     later = resolve(merged(config.model_dump(), unflatten(taken)))
     for key, value, reason in _rhythm(later, _plan(later, facts)):
         take(key, value, as_text(setting(key), value), reason)
-    for key, text, reason in _memory(facts):
-        take(key, parse_value(key, text), text, reason)
     return list(found.values())
 
 
@@ -101,7 +106,8 @@ def _size(config: Config, plan: Plan) -> Rule:
     if h.rows_per_step > wanted and h.gradient_accumulation > 1:
         smaller = max(1, wanted // h.batch_size)
         few = math.ceil(rows / h.rows_per_step)
-        reason = f"{rows:,} rows give only {few} steps an epoch at {h.rows_per_step} rows a step."
+        word = "step" if few == 1 else "steps"
+        reason = f"{rows:,} rows give only {few} {word} an epoch at {h.rows_per_step:,} rows a step."
         yield "hyperparams.gradient_accumulation", smaller, reason
 
 
@@ -119,10 +125,38 @@ def _rhythm(config: Config, plan: Plan) -> Rule:
         yield "output.save_steps", every, f"A stop loses at most {every:,} of {steps:,} steps."
 
 
-def _memory(facts: Facts) -> Iterator[tuple[str, str, str]]:
-    memory = facts.memory
-    if memory is None or memory.needs_gib <= memory.free_gib or not memory.offers:
+def _precision(config: Config, facts: Facts) -> Rule:
+    key, now = "hyperparams.fp_precision", config.hyperparams.fp_precision
+    if facts.on_gpu and now == "fp32":
+        yield key, "auto", "16-bit computation with fp32 weights is faster on this GPU; the updates stay exact."
+    elif not facts.on_gpu and facts.device_name and now == "fp16":
+        yield key, "auto", "Processors are slow at fp16, and its gradients overflow; auto takes fp32 here."
+
+
+def _room(config: Config, facts: Facts) -> Rule:
+    """What free memory allows: larger pieces of the same step."""
+    memory, h = facts.memory, config.hyperparams
+    if memory is None or not memory.fits or h.auto_micro_batch or h.gradient_accumulation == 1:
         return
-    offer = memory.offers[0]
-    for key, text in offer.values.items():
-        yield key, text, f"Makes it fit: about {offer.saves_gib:.1f} GiB less{f', {offer.cost}' if offer.cost else ''}."
+    if memory.needs_gib <= ROOMY * memory.free_gib:
+        used = f"{numbers.memory(memory.needs_gib)} of {numbers.memory(memory.free_gib)}"
+        reason = (
+            f"Only about {used} would be used: larger pieces of the same {h.rows_per_step:,} rows a step are faster."
+        )
+        yield "hyperparams.auto_micro_batch", True, reason
+
+
+def _memory(facts: Facts, chosen: Set[str]) -> Iterator[tuple[str, str, str]]:
+    memory = facts.memory
+    if memory is None:
+        return
+    if memory.fits:
+        for offer in memory.faster:
+            for key, text in offer.values.items():
+                yield key, text, f"It fits without: about {-offer.saves_gib:.1f} GiB more, {offer.cost}."
+        return
+    offer = next((offer for offer in memory.offers if not chosen & offer.values.keys()), None)
+    if offer is not None:
+        cost = f", {offer.cost}" if offer.cost else ""
+        for key, text in offer.values.items():
+            yield key, text, f"Makes it fit: {offer.text}, about {offer.saves_gib:.1f} GiB less{cost}."

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from trainer import checkpoint
 from trainer.bad_rows import LeftOut, left_out_of
 from trainer.data.packing import Plan, waste
 from trainer.events import EventLog, all_events
-from trainer.files import make_private_dir
+from trainer.files import make_private_dir, write_json
 from trainer.launch import Prompt, fingerprint, versions
 from trainer.loop import optim, prepare
+from trainer.loop.fit import Fit
+from trainer.loop.fit_start import fit_before_start
 from trainer.loop.sampler import Sampler
 from trainer.loop.save import Promoted, Saver, load_optimizer
 from trainer.loop.team import ALONE, Team
@@ -29,6 +31,7 @@ from trainer.run import RunDir
 from trainer.schema import Config
 from trainer.signals import Signals
 from trainer.telemetry import Telemetry
+from trainer.time_left import marks_of
 from trainer.worker import Worker
 
 # what must be the same for a resume to be the same run; everything else may change
@@ -59,6 +62,8 @@ class Surroundings:
     team: Team = ALONE
     promoted: Promoted = lambda: nullcontext(set())
     tell: Callable[[str], None] = lambda text: None  # the run's webhook, of something that needs a look
+    root: Path | None = None  # the workspace, whose history of measurements the forecast goes by
+    before_gib: float = 0.0  # memory of the process before anything was loaded
 
 
 @dataclass
@@ -93,6 +98,7 @@ class Ready:
     facts: dict[str, Any]
     rewinds: Rewinds
     left_out: LeftOut = field(default_factory=LeftOut)
+    fit: Fit | None = None
 
 
 def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: checkpoint.Found | None) -> Ready:
@@ -100,6 +106,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     around.say(prompt.line)
     tokens = _tokens(around, config, prompt)
     plan = prepare.plan_of(config, tokens)
+    write_json(around.run.plan, asdict(marks_of(plan, np.asarray(tokens.cache.lengths))))
     _announce(around, config, tokens, plan)
     leave_if_asked(around)
     around.events.append("phase", name="load")
@@ -131,10 +138,9 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     )
     prepare.refuse_foreign_ids(model.loaded, tokens.held_out, Path(config.model_path))
     facts = _facts(around, config, tokens, plan)
-    h = config.hyperparams
-    progress = Progress(packs_each=h.batch_size, checkpointing=h.use_gradient_checkpointing)
-    if found is not None:
-        progress = _take_up(around, config, model, facts, found)
+    groups = prepare.held_out_groups(config, tokens)
+    fit = fit_before_start(around, config, model, tokens, plan, groups)
+    progress = _progress(config, fit) if found is None else _take_up(around, config, model, facts, found)
     # the checkpoint's tokenizer carries the template that was really trained, not one that was replaced
     if tokens.cache.meta["chat_template"] is not None:
         model.tokenizer.chat_template = tokens.cache.meta["chat_template"]
@@ -149,11 +155,17 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
         around.promoted,
         found.step if found else None,
     )
-    groups = prepare.held_out_groups(config, tokens)
     sampler = Sampler(config, prompt, model, tokens, around) if config.eval.sample_steps else None
     leave_if_asked(around)
     saved_step = found.step if found else None
-    return Ready(tokens, plan, model, saver, sampler, groups, progress, saved_step, facts, rewinds, left_out)
+    return Ready(tokens, plan, model, saver, sampler, groups, progress, saved_step, facts, rewinds, left_out, fit)
+
+
+def _progress(config: Config, fit: Fit | None) -> Progress:
+    """Where a run stands that begins."""
+    h = config.hyperparams
+    packs_each = fit.packs_each if fit is not None else h.batch_size
+    return Progress(packs_each=packs_each, checkpointing=h.use_gradient_checkpointing)
 
 
 def _same_model(around: Surroundings, config: Config) -> None:

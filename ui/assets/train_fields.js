@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const signalbox = (window.signalbox ??= {});
-  const TYPING_MS = 150;
+  const TYPING_MS = 40; // the memory bar is to move while somebody types
   const AGAIN_MS = 5000;
   const ANSWER_MS = 2000;
   const SETTLE_MS = 60;
@@ -58,6 +58,8 @@
 
     // ---- fields -------------------------------------------------------------------------------------------------
     function show(state) {
+      // an answer to all that was typed: what it says the same as before is true again
+      if (!isBusy()) for (const line of by("gate-lines").querySelectorAll(".sb-touched")) line.classList.remove("sb-touched");
       for (const wrapper of root.querySelectorAll(".sb-field")) {
         const key = state.keys[wrapper.id];
         const input = wrapper.querySelector("input, textarea");
@@ -145,7 +147,8 @@
 
     /** Lines that judged a setting are out of date from the moment it is touched, not from the next answer on. */
     function grey(key) {
-      for (const line of by("gate-lines").querySelectorAll(`[data-fields~="${CSS.escape(key)}"]`)) line.classList.add("sb-stale");
+      const judging = `[data-fields~="${CSS.escape(key)}"], [data-fields="*"]`;
+      for (const line of by("gate-lines").querySelectorAll(judging)) line.classList.add("sb-touched");
     }
 
     /** A text box, a switch or a segment has a new value. */

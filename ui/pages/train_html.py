@@ -94,23 +94,31 @@ def fit_html(memory: MemoryFact | None) -> str:
         return ""
     scale = max(memory.needs_gib, memory.free_gib)
     segments = "".join(
-        f'<i class="sb-part-{n % 6}" style="width:{gib / scale:.2%}"></i>' for n, (_, gib) in enumerate(memory.parts)
+        f'<i class="sb-part-{n % 7}" style="width:{gib / scale:.2%}"></i>' for n, (_, gib) in enumerate(memory.parts)
     )
     free_at = f"{memory.free_gib / scale:.2%}"
     over = " sb-over" if memory.needs_gib > memory.free_gib else ""
     rows = "".join(
-        f'<tr><td><i class="sb-swatch sb-part-{n % 6}"></i>{html.escape(name)}</td>'
+        f'<tr><td><i class="sb-swatch sb-part-{n % 7}"></i>{html.escape(name)}</td>'
         f'<td class="sb-right">{numbers.memory(gib)}</td></tr>'
         for n, (name, gib) in enumerate(memory.parts)
         if gib * 1024 >= 0.5  # a part of less than a MiB would read as 0
     )
     words = f"about {numbers.memory(memory.needs_gib)} of {numbers.memory(memory.free_gib)} free"
+    when = f'<p class="sb-help">{html.escape(_when(memory))}</p>'
     return (
         f'<div class="sb-fit{over}" role="img" aria-label="Memory: {words}">{segments}'
         f'<b style="left:calc({free_at} - 1px)"></b></div>'
         f'<details data-fold="memory-parts"><summary>Memory by part: {words}</summary>'
-        f'<table class="sb-table sb-parts">{rows}</table></details>'
+        f'<table class="sb-table sb-parts">{rows}</table>{when}</details>'
     )
+
+
+def _when(memory: MemoryFact) -> str:
+    """When the peak is reached, how far off the figure may be, and what it was calibrated by."""
+    at = f"The peak is in the {memory.moment}" if memory.moment else "The peak"
+    by = f", {memory.words}" if memory.words else ""
+    return f"{at}; the figure may be off by {memory.spread * 100:.0f} %{by}."
 
 
 def plan_html(line: str) -> str:
