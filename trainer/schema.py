@@ -70,6 +70,12 @@ class DataSettings(Section):
         "Conversations over the maximum length: cut, drop, or refuse. Plain text is split, never cut.",
         "What",
     )
+    columns: list[str] = setting(
+        [],
+        "Columns",
+        "For rows named otherwise: user=question, assistant=answer, one a line. Empty: as saved with the data.",
+        "What",
+    )
     chat_template: Literal["model", "chatml"] = setting(
         "model", "Chat template", "The model's own, or plain ChatML for models that have none.", "What"
     )

@@ -47,6 +47,7 @@ _SET = {
 _WORDS = {
     "check_model": "Checking the model",
     "check_data": "Checking the data",
+    "repair_data": "Making the repaired copy",
     "view_row": "Showing the row",
     "preview_profile": "Showing the profile",
     "token_texts": "Showing the batch",

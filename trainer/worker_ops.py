@@ -32,6 +32,7 @@ class Operations:
             "warm": self.warm,
             "check_model": self.check_model,
             "check_data": self.check_data,
+            "repair_data": self.repair_data,
             "view_row": self.view_row,
             "preview_profile": self.preview_profile,
             "token_texts": self.token_texts,
@@ -62,7 +63,15 @@ class Operations:
         from trainer.data.doctor import check_data
 
         tokenizer = self._load_tokenizer(model_path) if model_path else None
-        return check_data(path, tokenizer=tokenizer, progress=self._progress, **options)
+        return check_data(path, tokenizer=tokenizer, model_path=model_path or "", progress=self._progress, **options)
+
+    def repair_data(self, path: str, out: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+        """Write the repaired copy of a data file to `out`, and what was left out beside it; see trainer.data.repair."""
+        from trainer.data.repair import repair
+
+        target = Path(out)
+        rejects = target.with_name(f"{target.stem}-rejects.jsonl")
+        return repair(path, target, rejects, columns=columns, progress=self._progress) | {"rejects": str(rejects)}
 
     def view_row(
         self,
@@ -77,6 +86,7 @@ class Operations:
         profiles_root: str | None = None,
         piece: int | None = None,
         chat_template: str = "model",
+        columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind.
 
@@ -85,7 +95,7 @@ class Operations:
         from trainer.data.render import Renderer, template_for, token_texts
         from trainer.data.shape import Shaper
 
-        found, rows = self._row(path, row)
+        found, rows = self._row(path, row, columns)
         shaper = Shaper(profile, profiles_root, system_prompt, date)
         view: dict[str, Any] = {
             "line": found.line, "rows": rows, "system_prompt": shaper.system_prompt, "before": found.messages,
@@ -124,6 +134,7 @@ class Operations:
         date: str,
         profiles_root: str | None = None,
         rows: int = PREVIEW_ROWS,
+        columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The first usable rows before and after the profile, and the system prompt with the date filled in."""
         from trainer.data.formats import read_rows
@@ -131,7 +142,7 @@ class Operations:
 
         shaper = Shaper(profile, profiles_root, system_prompt, date)
         shown: list[dict[str, Any]] = []
-        for row in read_rows(path):
+        for row in read_rows(path, columns=columns):
             if len(shown) >= rows:
                 break
             if row.messages is None:
@@ -160,7 +171,8 @@ class Operations:
         """Build or find the token cache of `request` (fields of TokenRequest) in `root`; reports rows done."""
         from trainer.data.tokens import TokenCache, TokenRequest, build_cache
 
-        asked = TokenRequest(**(request | {"files": tuple(request["files"])}))
+        lists = {"files": tuple(request["files"]), "columns": tuple(request.get("columns", ()))}
+        asked = TokenRequest(**(request | lists))
         cache = build_cache(asked, Path(root), self._progress)
         return {"cache": str(cache), "meta": TokenCache.open(cache).meta}
 
@@ -191,7 +203,7 @@ class Operations:
             self._tokenizer = (mark, load_tokenizer(model_path))
         return self._tokenizer[1]
 
-    def _row(self, path: str, index: int) -> tuple[Any, int]:
+    def _row(self, path: str, index: int, columns: Sequence[str]) -> tuple[Any, int]:
         """(the row at `index`, rows in the file)."""
         from trainer.data.formats import read_rows, scan
 
@@ -199,7 +211,7 @@ class Operations:
         if self._rows[0] != mark:
             self._rows = (mark, scan(path).rows)
         rows = self._rows[1]
-        found = next(read_rows(path, start=index), None) if index >= 0 else None
+        found = next(read_rows(path, start=index, columns=columns), None) if index >= 0 else None
         if found is None:
             raise Refusal(f"There is no row {index + 1:,}: {Path(path).name} has {rows:,} rows.")
         return found, rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.conversation import PROBLEM_NAMES
+from trainer.data.problems import FIXES, PROBLEM_NAMES
 from trainer.models.inspect import sentence
 from ui.numbers import count, disk, percent
 
@@ -22,24 +22,6 @@ KINDS = {
     "checkpoint": "a training checkpoint",
     "lfs": "pointers to files that were not downloaded",
     "nothing": "no model",
-}
-
-# what to do about each kind of problem; the message of a row says what is wrong with it
-FIXES = {
-    "no_answer": "Add the assistant's answer as the last message, or delete the line.",
-    "empty_answer": "Write the answer, or delete the line.",
-    "bad_json": "Each line must be one whole JSON object; an object may not go over several lines.",
-    "unknown_role": "The role of a message is system, user or assistant.",
-    "order": "After an optional system message, user and assistant take turns.",
-    "wrong_type": "The role and the content of a message are texts in double quotes.",
-    "no_messages": 'Each line needs "messages": a list of {"role": …, "content": …}, or a "text".',
-    "empty_text": "Write the text, or delete the line.",
-    "text_too_long": "A text may have 64 MiB at most. Split it into several files; each is a document of its own.",
-    "not_trained": "Tool calls, images and separate thinking are not trained. Move them into the content or remove them.",
-    "characters": "Remove control characters and broken halves of characters.",
-    "not_utf8": "Save the file as UTF-8.",
-    "line_too_long": "A line may have 8 MiB at most. Split the conversation.",
-    "wrong_format": "Save the data as JSON Lines, one conversation or text a line, or as a .txt file, in UTF-8.",
 }
 
 

@@ -34,7 +34,10 @@ BATCH_CHARACTERS = 2 * 1024 * 1024
 class Builder:
     """Writes arrays and cache.json into `folder`; raises Refusal for a bad profile or template."""
 
-    def __init__(self, request: TokenRequest, tokenizer: Any, folder: Path, scans: list[Scan]) -> None:
+    def __init__(
+        self, request: TokenRequest, tokenizer: Any, folder: Path, scans: list[Scan], about: dict[str, Any]
+    ) -> None:
+        self.about = about
         self.request = request
         self.folder = folder
         self.scans = scans
@@ -64,7 +67,7 @@ class Builder:
         try:
             for number, path in enumerate(self.request.files):
                 tally = Tally()
-                for batch in _batches(read_rows(path, tally=tally)):
+                for batch in _batches(read_rows(path, tally=tally, columns=self.request.columns)):
                     self._take(number, batch)
                     progress(self.count["seen"], total)
                 if tally.hexdigest() != self.scans[number].sha256:
@@ -201,6 +204,7 @@ class Builder:
         )  # fmt: skip
         return {
             "key": key,
+            **self.about,
             **{name: self.count[name] for name in names},
             "longest": self.longest,
             "longest_uncut": self.longest_uncut,
