@@ -47,6 +47,7 @@ _SET = {
 _WORDS = {
     "check_model": "Checking the model",
     "check_data": "Checking the data",
+    "preview_columns": "Showing the columns",
     "repair_data": "Making the repaired copy",
     "view_row": "Showing the row",
     "preview_profile": "Showing the profile",

@@ -18,6 +18,7 @@ TOKENS_SHOWN = 20_000
 CHARACTERS_SHOWN = 100_000
 CHARACTERS_VIEWED = 2**21
 PREVIEW_ROWS = 3
+PREVIEW_CHARACTERS = 600
 
 
 class Operations:
@@ -33,6 +34,7 @@ class Operations:
             "check_model": self.check_model,
             "check_data": self.check_data,
             "repair_data": self.repair_data,
+            "preview_columns": self.preview_columns,
             "view_row": self.view_row,
             "preview_profile": self.preview_profile,
             "token_texts": self.token_texts,
@@ -64,6 +66,26 @@ class Operations:
 
         tokenizer = self._load_tokenizer(model_path) if model_path else None
         return check_data(path, tokenizer=tokenizer, model_path=model_path or "", progress=self._progress, **options)
+
+    def preview_columns(self, path: str, columns: Sequence[str] = (), rows: int = PREVIEW_ROWS) -> dict[str, Any]:
+        """The first rows as a column mapping reads them, with the names of the columns and a mapping that fits."""
+        from trainer.data.formats import Tally, read_rows
+
+        tally = Tally()
+        shown: list[dict[str, Any]] = []
+        for row in read_rows(path, tally=tally, columns=columns):
+            if len(shown) >= rows:
+                break
+            turns = row.messages or ([{"role": "text", "content": row.text}] if row.text is not None else [])
+            cut = [{"role": turn["role"], "content": turn["content"][:PREVIEW_CHARACTERS]} for turn in turns[:8]]
+            shown.append({"line": row.line, "messages": cut, "problem": row.problem.message if row.problem else ""})
+        found = tally.format
+        return {
+            "rows": shown,
+            "columns": list(found.columns[:100]) if found else [],
+            "suggested": list(found.suggested) if found else [],
+            "mapping": found.mapping.texts() if found and found.mapping else [],
+        }
 
     def repair_data(self, path: str, out: str, columns: Sequence[str] = ()) -> dict[str, Any]:
         """Write the repaired copy of a data file to `out`, and what was left out beside it; see trainer.data.repair."""
