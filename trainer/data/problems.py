@@ -14,7 +14,7 @@ PROBLEM_NAMES = {
     "bad_json": "bad JSON",
     "bad_csv": "bad CSV",
     "columns": "columns that do not fit",
-    "other_shape": "rows of another shape",
+    "other_shape": "another shape",
     "unknown_role": "unknown role",
     "order": "turns out of order",
     "wrong_type": "wrong type",

@@ -96,7 +96,16 @@
   /** One row of a dataset as tokens of a chosen model under a chosen profile. */
   function rowView(item, choices) {
     const { el, button, field, say, send, numbers } = signalbox;
-    const kept = (signalbox.rowChoice ??= { model: "", profile: "plain" });
+    const kept = (signalbox.rowChoice ??= { model: "", profile: "plain", mode: "tokens" });
+    const modes = [["tokens", "Tokens"], ["text", "Text"]].map(([mode, text]) => {
+      const node = button(text, () => {
+        kept.mode = mode;
+        for (const other of modes) other.setAttribute("aria-pressed", String(other === node));
+        if (last) body.replaceChildren(...rowBody(last, kept.mode));
+      }, "", { "aria-pressed": String(kept.mode === mode) });
+      return node;
+    });
+    let last = null;
     const model = el("select.sb-input", { onchange: () => ((kept.model = model.value), show()) });
     const profile = el("select.sb-input", { onchange: () => ((kept.profile = profile.value), show()) });
     const number = el("input.sb-input.sb-row-number", { type: "text", inputmode: "numeric", value: "1", onchange: () => show() });
@@ -106,6 +115,8 @@
     const measure = button("Measure lengths with this model", () => check());
     const exactly = button("Count every row", () => check(true), "", { title: "Makes the tokens of every row, as training would; later runs with these settings find them made." });
     const said = el("span.sb-message", { role: "status" });
+    const back = button("‹", () => show(-1), "", { "aria-label": "Row before" });
+    const next = button("›", () => show(1), "", { "aria-label": "Row after" });
     let asked = 0;
 
     async function check(exact = false) {
@@ -131,7 +142,10 @@
         const answer = await send(`api/data/${encodeURIComponent(item.id)}/row?${query}`);
         if (mine !== asked) return;
         say(of, answer.rows ? `of ${numbers.count(answer.rows)}, line ${numbers.count(answer.line)}` : "");
-        body.replaceChildren(...rowBody(answer));
+        last = answer;
+        back.disabled = !answer.rows || answer.row <= 1;
+        next.disabled = !answer.rows || answer.row >= answer.rows;
+        body.replaceChildren(...rowBody(answer, kept.mode));
       } catch (error) {
         if (mine === asked) body.replaceChildren(signalbox.note("problem", error.message));
       }
@@ -143,20 +157,30 @@
       heldOut.append(...datasets.filter((other) => other.id !== item.id).map((other) => el("option", { value: other.id }, other.name)));
       show();
     });
-    const steps = el("span.sb-row.sb-steps", button("‹", () => show(-1), "", { "aria-label": "Row before" }), number,
-      button("›", () => show(1), "", { "aria-label": "Row after" }), of);
+    const steps = el("span.sb-row.sb-steps", back, next, of);
     return [
       el("h3", "What the model will see"),
-      el("div.sb-row.sb-end", field("Model", model), field("Profile", profile), field("Row", number), steps),
+      el("div.sb-row.sb-end", field("Model", model), field("Profile", profile), field("Row", number), steps, el("span.sb-row.sb-modes", { role: "group", "aria-label": "Show the row as" }, modes)),
       body,
       el("h3", "Measure and compare"),
       el("div.sb-row.sb-end", field("Held-out file to compare with", heldOut), measure, exactly, said),
     ];
   }
 
-  function rowBody(answer) {
+  /** The row's messages in the file, and as they are trained where the profile changes them. */
+  function rowTexts(answer) {
+    const { el } = signalbox;
+    const column = (title, messages) => el("div.sb-preview", el("h4.sb-help", title), messages.map((turn) =>
+      el("div.sb-preview-row.sb-preview-turn", el("span.sb-help", turn.role), el("div.sb-row-said", turn.content))));
+    const isSame = JSON.stringify(answer.before) === JSON.stringify(answer.after);
+    return isSame ? [column("The row; the profile changes nothing in it", answer.after)]
+      : [column("In the file", answer.before), column("As it is trained", answer.after)];
+  }
+
+  function rowBody(answer, mode) {
     const { el, numbers } = signalbox;
     if (answer.problem) return [signalbox.note("problem", answer.problem)];
+    if (mode === "text") return rowTexts(answer);
     const counts = answer.counts;
     const share = `${numbers.count(counts.tokens)} tokens, ${numbers.count(counts.label)} learned (${numbers.percent(counts.label, counts.tokens)})`;
     const tokens = answer.tokens.map(([text, kind]) => el(`span${kind === "context" ? "" : `.sb-tok-${kind}`}`, text));
