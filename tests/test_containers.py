@@ -22,6 +22,7 @@ from trainer.data import containers, gunzip, parquet
 from trainer.data.doctor import check_data
 from trainer.data.formats import Tally, read_rows, scan
 from trainer.data.problems import FIXES, PROBLEM_NAMES
+from trainer.worker import Worker, WorkerDied
 
 TALK = [{"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "Four."}]
 
@@ -281,15 +282,33 @@ def test_parquet_that_declares_too_much_or_is_cut_off_ends_in_words(
     assert problems(path) == [(1, "too_large")]
 
 
-def test_one_giant_text_in_a_million_rows_stays_one_text(tmp_path: Path) -> None:
-    path = tmp_path / "d.parquet"
-    giant = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 9 * 1024**2]))
-    pq.write_table(pa.table({"text": giant.slice(0, 3000)}), path, store_schema=False)
+def dictionary_bomb(path: Path, mib: int, rows: int) -> Path:
+    """A small file in which every one of `rows` rows is the same text of `mib` MiB."""
+    giant = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * mib * 1024**2]))
+    pq.write_table(pa.table({"text": giant}), path, store_schema=False)
+    return path
+
+
+def test_one_giant_text_in_thousands_of_rows_is_not_written_out_thousands_of_times(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows = read_rows(path)
-    codes = [row.problem.code for row, _ in zip(rows, range(100), strict=False) if row.problem]
-    assert codes == ["line_too_long"] * 100
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 300
+    path = dictionary_bomb(tmp_path / "d.parquet", 9, 2000)
+    codes = {row.problem.code for row, _ in zip(read_rows(path), range(200), strict=False) if row.problem}
+    assert codes == {"line_too_long"}
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 1500, "written out it is 18 GiB"
+
+
+@pytest.mark.slow
+def test_a_parquet_bomb_meets_the_limit_of_the_worker_and_that_is_a_sentence(tmp_path: Path) -> None:
+    path = dictionary_bomb(tmp_path / "d.parquet", 64, 300_000)
+    worker = Worker(memory_bytes=2 * 1024**3)
+    try:
+        report = worker.call("check_data", timeout_s=120, path=str(path))
+        said = report["problems"][0]["message"]
+    except WorkerDied as died:
+        said = died.message
+    finally:
+        worker.close()
+    assert "more memory than" in said, said
 
 
 def test_parquet_is_what_pandas_reads_and_can_be_entered_anywhere(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_utf_16_becomes_utf_8_and_csv_becomes_json_lines(tmp_path: Path) -> None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["d.csv", "fixed.jsonl", "rejects.jsonl"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_with_and_without_its_mark_is_repaired(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes((json.dumps(GOOD) + "\n").encode(encoding))
+    assert check_data(path)["counts"] == {"wrong_format": 1}
+    _, kept, left = repaired(path)
+    assert kept == [GOOD] and left == []
+
+
 def test_nothing_to_keep_and_nothing_to_do_are_said_and_nothing_is_written_or_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     for content, words in ((json.dumps(GOOD), "nothing to repair"), ("nonsense", "No row of this file")):

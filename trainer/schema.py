@@ -42,7 +42,7 @@ class DataSettings(Section):
     dataset_path: str = setting(
         "",
         "Data",
-        "What to train on: JSON Lines of conversations or texts, or a .txt file of prose.",
+        "What to train on: JSON Lines, JSON, CSV or Parquet of conversations or texts, or prose as .txt.",
         "What",
         basic=True,
     )

@@ -87,12 +87,30 @@ class Rows:
 
     def _row(self, batch: pa.RecordBatch, at: int) -> tuple[bytes | dict[str, Any], Fault | None]:
         try:
-            row = {name: column[at].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+            row = {
+                name: self._value(column[at]) for name, column in zip(batch.schema.names, batch.columns, strict=True)
+            }
+        except Fault as fault:
+            return b"", fault
         except UnicodeDecodeError as error:
             return b"", Fault("not_utf8", f"byte {error.start + 1:,} of a text is not UTF-8")
         if _characters(row) > self._limit:
-            return b"", Fault("line_too_long", f"the row is longer than {self._limit // 1024**2} MiB")
+            return b"", self._too_long()
         return row, None
+
+    def _value(self, scalar: Any) -> Any:
+        """A cell as Python; a text that is too long is not even copied: a million rows may show one of 1 GiB. Raises Fault."""
+        import pyarrow as pa
+
+        inner = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+        if isinstance(inner, pa.StringScalar | pa.BinaryScalar):
+            held = inner.as_buffer()
+            if held is not None and held.size > self._limit:
+                raise self._too_long()
+        return inner.as_py() if inner is not None else None
+
+    def _too_long(self) -> Fault:
+        return Fault("line_too_long", f"the row is longer than {self._limit // 1024**2} MiB")
 
 
 def _opened(file: BinaryIO) -> Any:

@@ -26,7 +26,11 @@ CHANGES = {
     "trimmed_start": "first turns without a question were taken off",
     "duplicate": "a row that says what an earlier one says was left out",
 }
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# what a UTF-16 file begins with: its mark, or the first bracket of its JSON
+_UTF16 = {
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"{\x00": "utf-16-le", b"[\x00": "utf-16-le", b"\x00{": "utf-16-be",
+    b"\x00[": "utf-16-be",
+}  # fmt: skip
 _EXAMPLES = 5
 
 
@@ -54,7 +58,8 @@ def repair(
     try:
         with open(out, "xb") as kept, open(rejects, "xb") as left:
             try:
-                source = _utf8_copy(path, out) if _is_utf16(path) else path
+                encoding = _utf16_kind(path)
+                source = _utf8_copy(path, out, encoding) if encoding else path
                 copy = _Copy(kept, left)
                 tally = Tally()
                 size = source.stat().st_size
@@ -184,17 +189,17 @@ def _reject(row: Row, change: str) -> bytes:
     return json.dumps(found, ensure_ascii=True, default=str).encode() + b"\n"
 
 
-def _is_utf16(path: Path) -> bool:
+def _utf16_kind(path: Path) -> str | None:
     with open_data(path) as file:
-        return file.read(2) in _UTF16
+        return _UTF16.get(file.read(2))
 
 
-def _utf8_copy(path: Path, out: Path) -> Path:
+def _utf8_copy(path: Path, out: Path, encoding: str) -> Path:
     """The text of a UTF-16 file as UTF-8 beside `out`, under the name that tells its format; raises Refusal."""
     copy = out.with_name(f"{out.stem}-utf8{path.suffix}")
     try:
         with (
-            open(path, encoding="utf-16", newline="") as source,
+            open(path, encoding=encoding, newline="") as source,
             open(copy, "x", encoding="utf-8", newline="") as target,
         ):
             while chunk := source.read(1 << 20):

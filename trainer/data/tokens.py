@@ -121,7 +121,8 @@ class TokenCache:
         """The same for a person: "chats.jsonl, line 8,113"."""
         file, line, _, piece = self.place(row)
         part = f", piece {piece + 1:,}" if piece is not None else ""
-        return f"{Path(self.meta['files'][file]['path']).name}, line {line:,}{part}"
+        known = self.meta["files"][file]
+        return f"{Path(known['path']).name}, {known.get('unit', 'line')} {line:,}{part}"
 
     @cached_property
     def lengths(self) -> np.ndarray:
