@@ -181,8 +181,13 @@ def test_a_mapping_is_suggested_and_used_everywhere(model: Path, tmp_path: Path)
     assert request.key() != plain.key()
     found = TokenCache.open(build_cache(request, tmp_path / "t", lambda done, total: None))
     assert "a lever" in tokenizer(model).decode(found.ids(0)) and found.meta["columns"] == [report["suggested"]]
-    (tmp_path / "manifest.json").write_text(json.dumps({"file": "d.csv", "columns": report["suggested"]}))
-    assert check_data(path)["valid"] and plain.key() == request.key(), "what was saved with the data is used"
+    for folder, is_ours in ((tmp_path / "0123456789abcdef", True), (tmp_path / "a root", False)):
+        folder.mkdir()
+        own = folder / "d.csv"
+        own.write_bytes(path.read_bytes())
+        (folder / "manifest.json").write_text(json.dumps({"file": "d.csv", "columns": report["suggested"]}))
+        kept = TokenRequest((str(own),), str(model), None, "", "2025-11-22", 64, "cut")
+        assert check_data(own)["valid"] is is_ours and (kept.mappings() == [report["suggested"]]) is is_ours
 
 
 def test_a_row_without_a_mapped_column_is_a_problem_and_a_bad_mapping_is_refused(tmp_path: Path) -> None:

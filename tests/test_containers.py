@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -256,14 +257,16 @@ def test_a_gzip_bomb_ends_at_its_ratio_and_at_its_size(tmp_path: Path, monkeypat
 
 
 def test_a_broken_archive_says_that_rows_are_missing(tmp_path: Path) -> None:
-    whole = gzip.compress(b"".join(json.dumps({"text": f"row {n * 7919}"}).encode() + b"\n" for n in range(2000)))
-    for content in (whole[: len(whole) // 2], whole[:2000] + b"\x00\xff" * 20 + whole[2040:]):
-        path = tmp_path / "d.jsonl.gz"
+    lines = [json.dumps({"text": random.Random(n).randbytes(300).hex()}).encode() + b"\n" for n in range(6000)]
+    whole = gzip.compress(b"".join(lines))
+    path = tmp_path / "d.jsonl.gz"
+    for content in (whole[: len(whole) // 2], whole[:400_000] + b"\x00\xff" * 20 + whole[400_040:], whole[:9000]):
         path.write_bytes(content)
         report = check_data(path)
         assert report["counts"].get("damaged") == 1 and not report["valid"]
+        assert report["usable"] > 5, "the rows before the damage are there"
     path.write_bytes(whole + whole)  # two members one after the other are one file
-    assert check_data(path)["rows"] == 4000
+    assert check_data(path)["rows"] == 12000
 
 
 def test_parquet_that_declares_too_much_or_is_cut_off_ends_in_words(

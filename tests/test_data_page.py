@@ -389,3 +389,42 @@ def test_held_out_rows_and_exact_lengths_are_asked_for_on_the_page(app: RunningA
     assert list((app.workspace / "cache" / "tokens").glob("*/cache.json"))
     refused = post(app, f"api/data/{item}/check", {"held_out": "/etc/passwd"})
     assert "no longer there" in refused["error"]
+
+
+@pytest.mark.browser
+def test_a_person_maps_columns_and_uses_the_repaired_copy(app: RunningApp, page: Any, model_in: str) -> None:
+    csv = (
+        "question,answer\n"
+        + "".join(f"what is {n}?,lever {n}\n" for n in range(5))
+        + "no answer here,\nwhat is 1?,lever 1\n"
+    )
+    item = upload(app, csv.encode(), "by-hand.csv")[1]["id"]
+    report(app, item)
+    page.goto(f"{app.url}/data#{item}")
+    page.wait_for_selector(".sb-preview-row")
+    assert page.input_value("#sb-map-user") == "question" and page.input_value("#sb-map-assistant") == "answer"
+    page.select_option("#sb-map-user", "answer")
+    page.select_option("#sb-map-assistant", "question")
+    page.wait_for_function("/lever 0/.test(document.querySelector('.sb-preview-turn').innerText)")
+    page.select_option("#sb-map-assistant", "")
+    page.wait_for_function("/names user and assistant/.test(document.querySelector('.sb-mapping').innerText)")
+    assert page.get_by_role("button", name="Use these columns").is_disabled()
+    page.select_option("#sb-map-user", "question")
+    page.select_option("#sb-map-assistant", "answer")
+    page.wait_for_function("document.querySelectorAll('.sb-preview-row').length === 3")
+    page.get_by_role("button", name="Use these columns").click()
+    page.wait_for_function("/6 of 7 rows are usable/.test(document.querySelector('.sb-shelf-report').innerText)")
+    page.wait_for_selector(".sb-tok-label")
+    page.get_by_role("button", name="Text", exact=True).click()
+    assert "lever 0" in page.inner_text(".sb-row-said >> nth=-1")
+    page.get_by_role("button", name="Use the repaired copy").click()
+    page.wait_for_function("document.querySelector('.sb-shelf-report h2')?.innerText === 'by-hand-repaired.jsonl'")
+    page.wait_for_function("/Kept 5 of 7 rows/.test(document.querySelector('.sb-shelf-more').innerText)")
+    with page.expect_download() as download:
+        page.get_by_text("Download the rows left out").click()
+    left = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert [each["code"] for each in left] == ["empty_answer", "duplicate"]
+    page.get_by_text("Delete this data…").click()
+    page.fill("#sb-delete-name", "by-hand-repaired.jsonl")
+    page.get_by_role("button", name="Delete for good").click()
+    page.wait_for_function("!document.querySelector('.sb-shelf-list').innerText.includes('by-hand-repaired')")

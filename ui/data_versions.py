@@ -106,12 +106,15 @@ def routes(site: Site, shelf: Shelf) -> list[Route]:
 
     async def previewing(request: Request) -> Response:
         info = await run_in_threadpool(dataset, site, request.path_params["id"])
-        columns = columns_of(await json_object(request))
-        return json_reply(
-            await run_in_threadpool(
+        body = await json_object(request)
+        try:
+            columns = columns_of(body)
+            answer = await run_in_threadpool(
                 site.worker.call, "preview_columns", timeout_s=PREVIEW_LIMIT_S, path=str(info.path), columns=columns
             )
-        )
+        except Refusal as refusal:  # half a mapping is what a person makes first: an answer, not a failed request
+            answer = {"rows": [], "said": refusal.message}
+        return json_reply(answer)
 
     async def saving(request: Request) -> Response:
         info = await run_in_threadpool(dataset, site, request.path_params["id"])

@@ -25,6 +25,7 @@ class Gunzip(io.RawIOBase):
         self._file = file
         self._member: Any = zlib.decompressobj(31)
         self._waiting = b""
+        self._fault: Fault | None = None
         self._packed = 0
         self._unpacked = 0
 
@@ -37,7 +38,12 @@ class Gunzip(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         filled = 0
         while filled < len(view):
-            part = self._unpack(len(view) - filled)
+            try:
+                part = self._unpack(len(view) - filled)
+            except Fault:
+                if not filled:
+                    raise
+                break  # what came before is given first; the next call meets the fault again
             if not part:
                 break
             view[filled : filled + len(part)] = part
@@ -45,6 +51,15 @@ class Gunzip(io.RawIOBase):
         return filled
 
     def _unpack(self, size: int) -> bytes:
+        if self._fault is not None:
+            raise self._fault
+        try:
+            return self._next(size)
+        except Fault as fault:
+            self._fault = fault
+            raise
+
+    def _next(self, size: int) -> bytes:
         while True:
             if self._member.eof:
                 self._waiting = self._member.unused_data or self._file.read(_CHUNK_BYTES)

@@ -7,6 +7,7 @@ A mapping is written as texts "part=column" in the setting `data.columns`, in a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.refusal import Refusal
 
 PARTS = ("system", "user", "input", "assistant", "messages", "text")
 FIELD = "data.columns"
+_DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")
 _TOGETHER = "user and assistant (with system and input, if there are any), messages alone, or text alone"
 # names seen in the wild, commonest first; compared in lower case
 NAMES = {
@@ -79,7 +81,9 @@ def mapping_of(path: Path, columns: Sequence[str] | None) -> Mapping | None:
 
 
 def saved_columns(path: Path) -> list[str]:
-    """What the manifest beside a dataset's file says; [] where there is none."""
+    """What the manifest beside a dataset's file says; [] for a file that lies in no dataset's own folder."""
+    if not _DATASET_FOLDER.fullmatch(path.parent.name):
+        return []  # a manifest.json in somebody's data root is not ours
     try:
         with open(path.parent / "manifest.json", "rb") as file:
             manifest = json.loads(file.read(1 << 20))

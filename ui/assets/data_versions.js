@@ -81,10 +81,10 @@
     async function show() {
       const mine = ++asked;
       try {
-        const { rows } = await send(address(answer, "preview"), { columns: chosen() });
+        const { rows, said: refused } = await send(address(answer, "preview"), { columns: chosen() });
         if (mine !== asked) return;
-        say(said, "");
-        keep.disabled = false;
+        say(said, refused ?? "");
+        keep.disabled = Boolean(refused);
         preview.replaceChildren(...rows.map(rowOf));
       } catch (error) {
         if (mine !== asked) return;
