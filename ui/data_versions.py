@@ -36,6 +36,7 @@ REPAIR_LIMIT_S = 3600.0
 PREVIEW_LIMIT_S = 30.0
 RUNS_NAMED = 5
 COLUMNS_ALLOWED = 8
+BASE = "/api/data/{id}"
 
 
 def dataset(site: Site, item_id: str) -> DatasetInfo:
@@ -98,12 +99,10 @@ def repair_work(site: Site, info: DatasetInfo) -> Any:
 
 def routes(site: Site, shelf: Shelf) -> list[Route]:
     """Routes under api/data/ID: about, preview, columns, repair, rejects, delete; and api/data-jobs/JOB."""
+    return [*_column_routes(site, shelf), *_repair_routes(site, shelf), *_keeping_routes(site)]
 
-    async def telling(request: Request) -> Response:
-        info = await run_in_threadpool(dataset, site, request.path_params["id"])
-        answer = await run_in_threadpool(about, site, info)
-        return json_reply(answer | {"may_delete": caller_of(request).may("delete") and answer["own"]})
 
+def _column_routes(site: Site, shelf: Shelf) -> list[Route]:
     async def previewing(request: Request) -> Response:
         info = await run_in_threadpool(dataset, site, request.path_params["id"])
         body = await json_object(request)
@@ -123,6 +122,13 @@ def routes(site: Site, shelf: Shelf) -> list[Route]:
         await run_in_threadpool(shelf.start, item, {})
         return json_reply({"columns": columns})
 
+    return [
+        Route(f"{BASE}/preview", guarded("see_rows", previewing), methods=["POST"]),
+        Route(f"{BASE}/columns", guarded("upload", saving), methods=["POST"]),
+    ]
+
+
+def _repair_routes(site: Site, shelf: Shelf) -> list[Route]:
     async def repairing(request: Request) -> Response:
         info = await run_in_threadpool(dataset, site, request.path_params["id"])
         job = await run_in_threadpool(site.jobs.start, "repair-data", repair_work(site, info))
@@ -141,6 +147,18 @@ def routes(site: Site, shelf: Shelf) -> list[Route]:
         if shelf.standing(item).state == "not-run":
             shelf.start(item, {})
 
+    return [
+        Route(f"{BASE}/repair", guarded("upload", repairing), methods=["POST"]),
+        Route("/api/data-jobs/{job}", guarded("see_rows", job)),
+    ]
+
+
+def _keeping_routes(site: Site) -> list[Route]:
+    async def telling(request: Request) -> Response:
+        info = await run_in_threadpool(dataset, site, request.path_params["id"])
+        answer = await run_in_threadpool(about, site, info)
+        return json_reply(answer | {"may_delete": caller_of(request).may("delete") and answer["own"]})
+
     async def rejects(request: Request) -> Response:
         info = await run_in_threadpool(dataset, site, request.path_params["id"])
         path = await run_in_threadpool(rejects_of, info)
@@ -157,13 +175,8 @@ def routes(site: Site, shelf: Shelf) -> list[Route]:
         uses = await run_in_threadpool(delete_dataset, site.workspace, info, typed)
         return json_reply({"deleted": info.name, "runs": len(uses)})
 
-    base = "/api/data/{id}"
     return [
-        Route(f"{base}/about", guarded("see_rows", telling)),
-        Route(f"{base}/preview", guarded("see_rows", previewing), methods=["POST"]),
-        Route(f"{base}/columns", guarded("upload", saving), methods=["POST"]),
-        Route(f"{base}/repair", guarded("upload", repairing), methods=["POST"]),
-        Route(f"{base}/rejects", guarded("see_rows", rejects)),
-        Route(f"{base}/delete", guarded("delete", deleting), methods=["POST"]),
-        Route("/api/data-jobs/{job}", guarded("see_rows", job)),
+        Route(f"{BASE}/about", guarded("see_rows", telling)),
+        Route(f"{BASE}/rejects", guarded("see_rows", rejects)),
+        Route(f"{BASE}/delete", guarded("delete", deleting), methods=["POST"]),
     ]

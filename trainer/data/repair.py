@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from trainer.data.conversation import checked
 from trainer.data.duplicates import Marks
 from trainer.data.formats import Row, Tally, open_data, read_rows
+from trainer.data.mapping import mapping_of
 from trainer.data.problems import PROBLEM_NAMES, Fault
 from trainer.data.shapes import turns_of
 from trainer.data.strict import parse
@@ -54,6 +55,8 @@ def repair(
             raise Refusal(
                 f"{file.name} is there already. Choose another name for the repaired copy. Nothing was changed."
             )
+    mapping = mapping_of(path, columns)  # before a copy in UTF-8 stands elsewhere, without the dataset's manifest
+    columns = mapping.texts() if mapping is not None else []
     source = path
     try:
         with open(out, "xb") as kept, open(rejects, "xb") as left:
