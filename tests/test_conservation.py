@@ -140,7 +140,7 @@ json_values = st.recursive(
 def test_what_is_read_fast_is_what_is_read_strictly(value: Any, data: st.DataObject, ascii_only: bool) -> None:
     raw = bytearray(json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass"))
     for _ in range(data.draw(st.integers(0, 2))):
-        at = data.draw(st.integers(0, len(raw) - 1))
+        at = data.draw(st.integers(0, max(0, len(raw) - 1)))
         raw[at : at + 1] = data.draw(
             st.sampled_from([b'"', b"\\", b"{", b"}", b",", b":", b"0", b"\x00", b"\xff", b"", b"e9"])
         )

@@ -56,8 +56,8 @@ class Rows:
                 reader = self._reader()
                 yield begins, b"".join(self._raw)[:1024], fault
                 continue
-            if not any(field.strip() for field in fields):
-                continue  # a blank line, or one of delimiters alone as spreadsheets leave them
+            if not fields or (len(fields) == 1 and len(self.columns) != 1 and not fields[0].strip()):
+                continue  # a blank line; one of delimiters alone is a row, though an empty one
             if self.columns:
                 yield begins, *self._row(fields)
                 continue
