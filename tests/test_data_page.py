@@ -108,7 +108,7 @@ def test_a_name_never_leaves_the_datasets_own_folder(app: RunningApp, name: str)
 
 @pytest.mark.parametrize(
     ("content", "name", "words"),
-    [(b"", "empty.jsonl", "empty"), (b"a,b\n1,2\n", "table.csv", "JSON Lines"), (b"PAR1", "x.parquet", "JSON Lines"),
+    [(b"", "empty.jsonl", "empty"), (b"a,b\n1,2\n", "table.xlsx", "JSON Lines"), (b"PAR1", "x.zip", "JSON Lines"),
      (b"x", "model.pkl", "JSON Lines"), (b"x", "", "JSON Lines")],
 )  # fmt: skip
 def test_what_is_no_data_is_refused_before_it_is_stored(app: RunningApp, content: bytes, name: str, words: str) -> None:
@@ -224,7 +224,7 @@ def test_lengths_are_measured_with_the_chosen_model(app: RunningApp, model_in: s
     urllib.request.urlopen(urllib.request.Request(f"{app.url}/api/data/{item}/check", body, method="POST"), timeout=20)
     view = report(app, item)["view"]
     facts = dict(view["facts"])
-    assert "29 rows sampled" in facts["Length"] and "over 64 tokens" in facts["Too long"]
+    assert "all 29 rows measured" in facts["Length"] and "over 64 tokens" in facts["Too long"]
     assert sum(view["bars"]["counts"]) == 29 and view["bars"]["limit"] == 64
 
 
@@ -278,3 +278,153 @@ def test_markup_in_names_rows_and_messages_is_shown_and_never_run(
     page.wait_for_timeout(300)
     assert page.evaluate("window.__x") is None and dialogs == []
     assert page.locator(".sb-shelf img, .sb-shelf script").count() == 0
+
+
+# ---- formats, mapping, repaired copies
+
+
+def post(app: RunningApp, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a POST answers; a refusal's sentence under "error"."""
+    request = urllib.request.Request(f"{app.url}/{path}", json.dumps(body).encode(), method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as refused:
+        with refused as reply:
+            return json.load(reply)
+
+
+def test_columns_are_previewed_saved_with_the_data_and_read_from_then_on(app: RunningApp, model_in: str) -> None:
+    item = upload(app, b"question,answer\nwhat is it?,a lever\nwho?,the signalman\n", "pairs.csv")[1]["id"]
+    view = report(app, item)["view"]
+    assert view["status"] == "problem" and view["suggested"] == ["user=question", "assistant=answer"]
+    shown = post(app, f"api/data/{item}/preview", {"columns": ["user=answer", "assistant=question"]})
+    assert [turn["content"] for turn in shown["rows"][0]["messages"]] == ["a lever", "what is it?"]
+    assert "no part of a row" in post(app, f"api/data/{item}/columns", {"columns": ["role=answer"]})["error"]
+    assert post(app, f"api/data/{item}/columns", {"columns": view["suggested"]}) == {"columns": view["suggested"]}
+    view = report(app, item)["view"]
+    assert view["status"] == "pass" and dict(view["facts"])["Format"].startswith("Mapped columns: user from 'question'")
+    tokens = app.get(f"api/data/{item}/row?row=1&model={model_in}&profile=plain")["tokens"]
+    assert "".join(text for text, kind in tokens if kind == "label").startswith("a lever")
+
+
+def test_a_repaired_copy_is_a_version_with_its_rejects_and_the_original_stays(app: RunningApp) -> None:
+    lines = [row("kept"), row("kept"), "nonsense", json.dumps({"messages": [{"role": "user", "content": "q"}]})]
+    item = upload(app, "\n".join(lines).encode(), "broken.jsonl")[1]["id"]
+    original = report(app, item)
+    assert original["view"]["repairable"]
+    job = post(app, f"api/data/{item}/repair", {})["job"]
+    deadline = time.monotonic() + 60
+    while (found := app.get(f"api/data-jobs/{job}"))["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    made = found["result"]
+    assert made["name"] == "broken-repaired.jsonl" and made["summary"].startswith("Kept 1 of 4 rows.")
+    assert report(app, made["id"])["view"]["status"] == "pass"
+    about = app.get(f"api/data/{made['id']}/about")
+    assert about["parent"] == {"id": item, "name": "broken.jsonl"} and about["rejects"] and about["runs"] == 0
+    assert app.get(f"api/data/{item}/about")["versions"] == [{"id": made["id"], "name": made["name"]}]
+    with urllib.request.urlopen(f"{app.url}/api/data/{made['id']}/rejects", timeout=20) as reply:
+        left = [json.loads(line) for line in reply.read().splitlines()]
+        assert "broken-repaired-left-out.jsonl" in reply.headers["content-disposition"]
+    assert [(each["line"], each["code"]) for each in left] == [(2, "duplicate"), (3, "bad_json"), (4, "no_answer")]
+    assert Path(report(app, item)["path"]).read_text() == "\n".join(lines)
+    again = post(app, f"api/data/{made['id']}/repair", {})["job"]
+    while (found := app.get(f"api/data-jobs/{again}"))["state"] == "running":
+        time.sleep(0.1)
+    assert "nothing to repair" in found["error"]
+
+
+def test_data_is_deleted_by_its_name_and_not_while_a_run_needs_it(site: Any, tmp_path: Path) -> None:
+    from trainer import datasets
+    from trainer.refusal import Refusal
+    from trainer.run import create_run
+
+    file = tmp_path / "d.jsonl"
+    file.write_text(row())
+    info = site.workspace.add_dataset(file, "mine.jsonl")
+    config = {"data": {"dataset_path": "other.jsonl", "dataset_paths": [{"path": str(info.path), "weight": 1}]}}
+    run = create_run(site.workspace.runs, {"config": config}, None, {"name": "night"})
+    (use,) = datasets.used_by(site.workspace, info)
+    assert (use.run_id, use.name) == (run.run_id, "night")
+    with pytest.raises(Refusal, match="type: mine.jsonl"):
+        datasets.delete_dataset(site.workspace, info, "theirs")
+    if use.is_live:  # a run that was never started waits for its turn
+        with pytest.raises(Refusal, match="The run night needs this data"):
+            datasets.delete_dataset(site.workspace, info, "mine.jsonl")
+    import shutil
+
+    shutil.rmtree(run.path)
+    assert datasets.delete_dataset(site.workspace, info, "mine.jsonl") == [] and not info.path.exists()
+    (tmp_path / "root").mkdir()
+    loose = tmp_path / "root" / "loose.jsonl"
+    loose.write_text(row())
+    from trainer.workspace import Workspace
+
+    rooted = Workspace(site.workspace.root, data_roots=(tmp_path / "root",))
+    (own,) = [each for each in rooted.datasets() if each.path == loose]
+    for act in (
+        lambda: datasets.delete_dataset(rooted, own, "loose.jsonl"),
+        lambda: datasets.save_columns(own, ["text=a"]),
+    ):
+        with pytest.raises(Refusal, match="data root"):
+            act()
+    assert loose.exists()
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.parquet", "d.json.gz", "d.jsonl.gz"])
+def test_every_format_that_is_read_can_be_uploaded(app: RunningApp, name: str) -> None:
+    assert upload(app, b"prompt,completion\nq,a\n" + name.encode(), name)[0] == 201
+
+
+def test_held_out_rows_and_exact_lengths_are_asked_for_on_the_page(app: RunningApp, model_in: str) -> None:
+    same = row("a shared answer")
+    item = upload(app, "\n".join([same, *(row("w " * n) for n in range(2, 9))]).encode(), "train.jsonl")[1]["id"]
+    held = upload(app, "\n".join([same, row("held out")]).encode(), "held.jsonl")[1]["id"]
+    report(app, item)
+    post(app, f"api/data/{item}/check", {"model": model_in, "profile": "plain", "held_out": held, "exact": True})
+    view = report(app, item)["view"]
+    assert any(group["title"].startswith("1 of 2 held-out rows") for group in view["groups"])
+    assert "all 8 rows measured" in dict(view["facts"])["Length"]
+    assert list((app.workspace / "cache" / "tokens").glob("*/cache.json"))
+    refused = post(app, f"api/data/{item}/check", {"held_out": "/etc/passwd"})
+    assert "no longer there" in refused["error"]
+
+
+@pytest.mark.browser
+def test_a_person_maps_columns_and_uses_the_repaired_copy(app: RunningApp, page: Any, model_in: str) -> None:
+    csv = (
+        "question,answer\n"
+        + "".join(f"what is {n}?,lever {n}\n" for n in range(5))
+        + "no answer here,\nwhat is 1?,lever 1\n"
+    )
+    item = upload(app, csv.encode(), "by-hand.csv")[1]["id"]
+    report(app, item)
+    page.goto(f"{app.url}/data#{item}")
+    page.wait_for_selector(".sb-preview-row")
+    assert page.input_value("#sb-map-user") == "question" and page.input_value("#sb-map-assistant") == "answer"
+    page.select_option("#sb-map-user", "answer")
+    page.select_option("#sb-map-assistant", "question")
+    page.wait_for_function("/lever 0/.test(document.querySelector('.sb-preview-turn').innerText)")
+    page.select_option("#sb-map-assistant", "")
+    page.wait_for_function("/names user and assistant/.test(document.querySelector('.sb-mapping').innerText)")
+    assert page.get_by_role("button", name="Use these columns").is_disabled()
+    page.select_option("#sb-map-user", "question")
+    page.select_option("#sb-map-assistant", "answer")
+    page.wait_for_function("document.querySelectorAll('.sb-preview-row').length === 3")
+    page.get_by_role("button", name="Use these columns").click()
+    page.wait_for_function("/6 of 7 rows are usable/.test(document.querySelector('.sb-shelf-report').innerText)")
+    page.wait_for_selector(".sb-tok-label")
+    page.get_by_role("button", name="Text", exact=True).click()
+    assert "lever 0" in page.inner_text(".sb-row-said >> nth=-1")
+    page.get_by_role("button", name="Use the repaired copy").click()
+    page.wait_for_function("document.querySelector('.sb-shelf-report h2')?.innerText === 'by-hand-repaired.jsonl'")
+    page.wait_for_function("/Kept 5 of 7 rows/.test(document.querySelector('.sb-shelf-more').innerText)")
+    with page.expect_download() as download:
+        page.get_by_text("Download the rows left out").click()
+    left = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert [each["code"] for each in left] == ["empty_answer", "duplicate"]
+    page.get_by_text("Delete this data…").click()
+    page.fill("#sb-delete-name", "by-hand-repaired.jsonl")
+    page.get_by_role("button", name="Delete for good").click()
+    page.wait_for_function("!document.querySelector('.sb-shelf-list').innerText.includes('by-hand-repaired')")

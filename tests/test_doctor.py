@@ -52,6 +52,7 @@ def test_the_summary_says_it_as_a_person_would(tmp_path: Path) -> None:
         "line": 1232,
         "code": "no_answer",
         "message": "Line 1,232: the last turn is from the user; there is nothing to learn.",
+        "excerpt": '{"messages": [{"role": "user", "content": "q"}]}',
     }
 
 
@@ -61,13 +62,13 @@ def test_a_clean_file_is_valid_and_carries_its_hash(tmp_path: Path) -> None:
     assert report["valid"] is True and report["summary"] == "2 of 2 rows are usable."
     assert report["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert report["bytes"] == path.stat().st_size
-    assert (report["format"], report["with_system"], report["warnings"]) == ("chat JSON Lines", 1, [])
+    assert (report["format"], report["with_system"], report["warnings"]) == ("messages, JSON Lines", 1, [])
     assert json.loads(json.dumps(report)) == report
 
 
 def test_an_empty_or_foreign_file_is_not_valid(tmp_path: Path) -> None:
     assert check_data(write(tmp_path / "e", "", " "))["valid"] is False
-    foreign = check_data(write(tmp_path / "f", "[", chat("q", "a"), "]"))
+    foreign = check_data(write(tmp_path / "f", "PK\x03\x04", chat("q", "a")))
     assert (foreign["valid"], foreign["format"], foreign["counts"]) == (False, "unknown", {"wrong_format": 1})
     with pytest.raises(Refusal, match="cannot be opened"):
         check_data(tmp_path / "absent")
@@ -107,7 +108,12 @@ def test_rows_that_say_the_same_are_a_warning_and_no_problem(tmp_path: Path) -> 
     report = check_data(write(tmp_path / "d", same, other_keys, *moved, same))
     assert report["valid"] is True
     assert report["warnings"] == [
-        {"code": "duplicates", "count": 2, "message": "2 of 5 rows say the same as an earlier one."}
+        {
+            "code": "duplicates",
+            "count": 2,
+            "message": "2 of 5 rows say the same as an earlier one.",
+            "lines": ["Line 2 says the same as line 1.", "Line 5 says the same as line 1."],
+        }
     ]
 
 

@@ -90,7 +90,7 @@ def test_json_lines_that_are_called_txt_stay_json_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [(b"a\xff", "not_utf8"), (b"a\x00b", "characters"), (b"\x1f\x8brest", "wrong_format"), (b"\xff\xfea\x00", "wrong_format")],
+    [(b"a\xff", "not_utf8"), (b"a\x00b", "characters"), (b"\x1f\x8brest", "damaged"), (b"\xff\xfea\x00", "wrong_format")],
 )  # fmt: skip
 def test_a_text_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, code: str) -> None:
     path = tmp_path / "book.txt"
@@ -235,7 +235,7 @@ def test_conversations_and_texts_may_stand_in_one_file(model: Path, tmp_path: Pa
     assert found.source[:, 1].tolist() == [1, *[2] * (len(found.pieces) - 2), 4]
     assert found.meta["problem_counts"] == {"bad_json": 1} and found.meta["chat_template"] is not None
     report = check_data(path, tokenizer=load_tokenizer(model), max_length=48)
-    assert report["format"] == "conversations and texts, JSON Lines"
+    assert report["format"] == "messages and texts, JSON Lines"
     assert (report["documents"], report["pieces"], report["turns"]) == (1, len(found.pieces) - 2, {"2": 2})
 
 
@@ -243,7 +243,7 @@ def test_the_doctor_names_plain_text_and_measures_it_as_it_is_trained(model: Pat
     path = texts_file(tmp_path / "d.jsonl", PROSE, "Short.", "Short.", " ")
     report = check_data(path, tokenizer=load_tokenizer(model), max_length=48)
     found = tokens_of(model, tmp_path / "t", path)
-    assert (report["format"], report["rows"], report["usable"], report["documents"]) == ("plain text", 4, 3, 3)
+    assert (report["format"], report["rows"], report["usable"], report["documents"]) == ("texts, JSON Lines", 4, 3, 3)
     assert report["counts"] == {"empty_text": 1} and report["pieces"] == len(found.lengths)
     assert report["lengths"]["over"] == 0 and report["lengths"]["longest"] == int(found.lengths.max())
     assert report["label_share"] == found.meta["labels"] / found.meta["tokens"]

@@ -32,7 +32,7 @@ class Line:
     """One setting: the value it is changed to, where that is seen, and what must not change with it.
 
     `right(before, after)` says that the observation is what it should be, where "another" is not enough. `given` is set
-    in both runs. {model}, {data}, {second}, {other}, {untaught}, {spoilt} in values are the place's own paths.
+    in both runs. {model}, {data}, {second}, {mapped}, {other}, {untaught}, {spoilt} in values are the place's own paths.
     """
 
     key: str
@@ -96,6 +96,11 @@ TABLE = (
     Line(
         "data.chat_template", "chatml", o.end, lambda a, b: a[0] != "finished" == b[0] and "template" in a[1],
         given={"model_path": "{untaught}"},
+    ),
+    Line(
+        "data.columns", ["user=question", "assistant=answer"], o.end,
+        lambda a, b: a[0] != "finished" == b[0] and "keys found: 'question', 'answer'" in a[1],
+        given={"data.dataset_path": "{mapped}"},
     ),
     Line("data.seed", 7, o.order, same=(o.rates, o.token_key)),
     Line("hyperparams.method", "lora", o.saved_tensors, lambda a, b: all("lora_" in name for name in b), (o.order,)),
@@ -212,6 +217,9 @@ class Runs:
         self.paths["second"].write_text("".join(lines[20:28]))
         self.paths["spoilt"] = root / "spoilt.jsonl"
         self.paths["spoilt"].write_text("".join(lines[8:24]))
+        self.paths["mapped"] = root / "mapped.jsonl"
+        turns = [[message["content"] for message in json.loads(line)["messages"]][-2:] for line in lines[:16]]
+        self.paths["mapped"].write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in turns))
         self._made: dict[str, Seen] = {}
         self._spoil()
 

@@ -74,7 +74,7 @@ def test_the_arrays_hold_what_the_renderer_made_row_by_row(model: Path, tmp_path
     assert meta["labels"] == int(cache.label_counts.sum()) and meta["longest"] == int(cache.lengths.max())
     assert meta["problem_counts"] == {"bad_json": 1}
     assert [problem["line"] for problem in meta["problems"]] == [3]
-    assert meta["files"][1] == {"path": str(second), "sha256": scan(second).sha256, "rows": 1}
+    assert meta["files"][1] == {"path": str(second), "sha256": scan(second).sha256, "rows": 1, "unit": "line"}
     kinds = {name: np.load(cache.path / f"{name}.npy").dtype for name in ("ids", "labels", "offsets", "source")}
     assert kinds == {"ids": np.int32, "labels": np.uint8, "offsets": np.int64, "source": np.int64}
 

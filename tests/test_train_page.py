@@ -345,3 +345,23 @@ def test_try_it_now_makes_everything_and_starts(tmp_path: Path, page: Any) -> No
         page.goto("about:blank")  # or the page would say that its server is gone
     finally:
         end_app(app)
+
+
+@pytest.mark.browser
+def test_a_further_file_is_chosen_with_its_weight(train_app: RunningApp, train: Any) -> None:
+    choose(train)
+    train.get_by_role("button", name="All", exact=True).click()
+    train.select_option("#more-data-file", label=next(t for t in _offered(train) if t.startswith("mixed.jsonl")))
+    train.fill("#more-data-weight", "0")
+    train.locator("#more-data button").click()
+    assert "over 0, at most 100" in train.inner_text("#more-data")
+    train.fill("#more-data-weight", "0.5")
+    train.locator("#more-data button").click()
+    assert train.input_value("#f-data-dataset_paths textarea").endswith("mixed.jsonl * 0.5")
+    until(lambda: "mixed.jsonl * 0.5" in str(draft_of(train_app)["values"].get("data.dataset_paths")))
+    train.wait_for_function("/have problems/.test(document.querySelector('#gate-lines').textContent)")
+
+
+def _offered(page: Any) -> list[str]:
+    until(lambda: page.locator("#more-data-file option").count() > 1)
+    return page.locator("#more-data-file option").all_text_contents()

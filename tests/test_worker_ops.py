@@ -46,7 +46,7 @@ def test_the_doctor_answers_through_the_worker(worker: Worker, data: Path, model
     data.write_text("\n".join([chat("q", "a")] * 2500))
     steps: list[tuple[int, int]] = []
     worker.call("check_data", path=str(data), on_progress=lambda done, total: steps.append((done, total)))
-    assert steps and all(0 < done < total == data.stat().st_size for done, total in steps)
+    assert steps and all(0 < done <= total == data.stat().st_size for done, total in steps)
     with pytest.raises(Refusal, match="no profile 'nobody'"):
         worker.call("check_data", path=str(data), profile="nobody")
     with pytest.raises(Refusal, match="absent cannot be opened"):
@@ -159,3 +159,30 @@ def test_templates_cannot_reach_out_of_their_sandbox(worker: Worker, data: Path,
         assert seen["problem"] is not None, gadget
         assert "globals" not in json.dumps(seen["tokens"])
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("profile", [None, "plain"])
+@pytest.mark.parametrize("name", ["d.json", "d.csv", "d.parquet", "d.jsonl.gz"])
+def test_any_row_of_any_format_is_shown_as_the_model_sees_it(
+    worker: Worker, model: Path, tmp_path: Path, name: str, profile: str | None
+) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / name
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(70)]
+    if name == "d.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif name == "d.csv":
+        path.write_text("prompt,completion\n" + "".join(f"question {n},answer {n}\n" for n in range(70)))
+    else:
+        text = json.dumps(rows) if name == "d.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    asked = {"system_prompt": "", "date": "2025-11-22", "max_length": 64, "too_long": "cut", "profile": profile}
+    for row in (0, 49, 50, 69):
+        view = worker.call("view_row", path=str(path), row=row, model_path=str(model), **asked)
+        assert view["rows"] == 70 and view["before"][-1]["content"] == f"answer {row}"
+        learned = "".join(token["text"] for token in view["tokens"] if token["kind"] == "label")
+        assert learned.startswith(f"answer {row}")

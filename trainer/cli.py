@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer import config as configs
 from trainer import control
+from trainer.data.problems import PROBLEM_NAMES
 from trainer.events import wire
 from trainer.recovery import SHUTDOWN, settle
 from trainer.refusal import Refusal
@@ -80,6 +81,18 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--model", type=Path)
     data.add_argument("--profile")
     data.add_argument("--json", action="store_true")
+    data.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="PART=COLUMN",
+        dest="columns",
+        help="for rows named otherwise, such as user=question; repeatable",
+    )
+    data.add_argument("--held-out", type=Path, help="a held-out file whose rows must not stand in this one")
+    data.add_argument(
+        "--repair", type=Path, metavar="OUT", help="write the repaired copy to OUT, and what was left out"
+    )
     convert = commands.add_parser("convert", help="pickle weights to safetensors")
     convert.add_argument("path", type=Path)
     convert.add_argument("out", type=Path)
@@ -234,14 +247,35 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from trainer.alone import ask_worker
 
     model = str(arguments.model.resolve()) if arguments.model else None
-    report = ask_worker("check_data", path=str(arguments.path.resolve()), model_path=model, profile=arguments.profile)
+    path, held_out = str(arguments.path.resolve()), arguments.held_out
+    report = ask_worker(
+        "check_data", path=path, model_path=model, profile=arguments.profile, columns=arguments.columns,
+        held_out=str(held_out.resolve()) if held_out else None,
+    )  # fmt: skip
+    if arguments.repair is not None:
+        out = str(arguments.repair.resolve())
+        report["repair"] = ask_worker("repair_data", path=path, out=out, columns=arguments.columns)
     if arguments.json:
         print(json.dumps(report))
     else:
-        for entry in report["problems"]:
-            print(entry["message"])
-        print(f"{report['usable']:,} of {report['rows']:,} rows are usable ({report['format']}).")
+        _print_data_report(report)
     return 0 if report["valid"] else 1
+
+
+def _print_data_report(report: dict[str, Any]) -> None:
+    """The doctor's report for a terminal: problems with what to do about each kind, then the verdict."""
+    for entry in report["problems"]:
+        print(entry["message"] + (f"  {entry['excerpt']}" if entry["excerpt"] else ""))
+    for code, number in report["counts"].items():
+        print(f"{number:,} {PROBLEM_NAMES[code]}: {report['fixes'][code]}")
+    for warning in report["warnings"]:
+        print(f"Warning: {warning['message']}")
+    if report["suggested"]:
+        print("Column mapping that fits: " + " ".join(f"--column {text}" for text in report["suggested"]))
+    print(f"{report['format_reason']}")
+    print(f"{report['usable']:,} of {report['rows']:,} rows are usable ({report['format']}).")
+    if "repair" in report:
+        print(report["repair"]["summary"])
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import profiles
 from trainer import disk_need
+from trainer.data.mapping import Mapping, mapping_of
 from trainer.fields import without_secrets
 from trainer.files import read_json
 from trainer.machine import Machine
@@ -25,7 +26,7 @@ from trainer.notify import keep_webhook
 from trainer.packages import check_packages, needs_bitsandbytes
 from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
-from trainer.schema import Config
+from trainer.schema import Config, WeightedFile
 from trainer.values import figure_text
 from trainer.workspace import Workspace
 
@@ -116,6 +117,7 @@ def check_paths(config: Config) -> None:
             raise Refusal(f"The dataset {path} does not exist or is no file. Check {field}.", field)
         if not os.access(path, os.R_OK):
             raise Refusal(f"The dataset {path} cannot be read (no permission). Check the file's rights.", field)
+    Mapping.parse(config.data.columns)  # refuses what is no mapping
     if config.hyperparams.method == "full" and (model / "adapter_config.json").exists():
         raise Refusal(
             f"{model.name} is a LoRA adapter: it can be trained on with method lora, not full.",
@@ -131,13 +133,18 @@ def snapshot(config: Config, prompt: Prompt, machine: Machine, owner: str, threa
         "config": without_secrets(config.model_dump(mode="json")),
         "profile": {"name": prompt.profile, "system_prompt": prompt.text, "date": prompt.date},
         "model": {"display_name": config.display_name, "path": str(model), "fingerprint": fingerprint(model)},
-        "data": {"files": [{"name": Path(file.path).name, "weight": file.weight} for file in config.data.files]},
+        "data": {"files": [_file_facts(config, file) for file in config.data.files]},
         "device": {"name": machine.device, "summary": machine.summary},
         "versions": versions(config),
         "threads": threads,
         "seed": config.data.seed,
         "owner": owner,
     }
+
+
+def _file_facts(config: Config, file: WeightedFile) -> dict[str, Any]:
+    mapping = mapping_of(Path(file.path), config.data.columns)
+    return {"name": Path(file.path).name, "weight": file.weight, "columns": mapping.texts() if mapping else []}
 
 
 def versions(config: Config) -> dict[str, str]:

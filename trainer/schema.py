@@ -45,7 +45,7 @@ class DataSettings(Section):
     dataset_path: str = setting(
         "",
         "Data",
-        "What to train on: JSON Lines of conversations or texts, or a .txt file of prose.",
+        "What to train on: JSON Lines, JSON, CSV or Parquet of conversations or texts, or prose as .txt.",
         "What",
         basic=True,
     )
@@ -77,6 +77,12 @@ class DataSettings(Section):
         "stop",
         "If a row turns bad",
         "In mid-run: stop and name it, or leave it out from there on, marked as an alert.",
+        "What",
+    )
+    columns: list[str] = setting(
+        [],
+        "Columns",
+        "For rows named otherwise: user=question, assistant=answer, one a line. Empty: as saved with the data.",
         "What",
     )
     chat_template: Literal["model", "chatml"] = setting(

@@ -49,6 +49,8 @@ _WORDS = {
     "check_shapes": "Comparing the tensors with the architecture",
     "try_tokenizer": "Trying the tokenizer",
     "check_data": "Checking the data",
+    "preview_columns": "Showing the columns",
+    "repair_data": "Making the repaired copy",
     "view_row": "Showing the row",
     "preview_profile": "Showing the profile",
     "token_texts": "Showing the batch",
@@ -262,8 +264,11 @@ class _Child:
         code = self._process.poll()
         if self._killed:
             return WorkerDied(f"{what} was left because the server is ending.")
-        # the Rust libraries abort with these words; SIGKILL from elsewhere is the system's out-of-memory killer
-        if "memory allocation of" in detail or "MemoryError" in detail or code == -signal.SIGKILL:
+        # the Rust and C++ libraries abort with these words; SIGKILL from elsewhere is the system's out-of-memory killer
+        if (
+            any(words in detail for words in ("memory allocation of", "MemoryError", "bad_alloc"))
+            or code == -signal.SIGKILL
+        ):
             return self._died(what, "memory", detail)
         return self._died(what, f"signal {-code}" if code is not None and code < 0 else f"exit {code}", detail)
 

@@ -18,6 +18,7 @@ TOKENS_SHOWN = 20_000
 CHARACTERS_SHOWN = 100_000
 CHARACTERS_VIEWED = 2**21
 PREVIEW_ROWS = 3
+PREVIEW_CHARACTERS = 600
 
 
 class Operations:
@@ -34,6 +35,8 @@ class Operations:
             "check_shapes": self.check_shapes,
             "try_tokenizer": self.try_tokenizer,
             "check_data": self.check_data,
+            "repair_data": self.repair_data,
+            "preview_columns": self.preview_columns,
             "view_row": self.view_row,
             "preview_profile": self.preview_profile,
             "token_texts": self.token_texts,
@@ -81,7 +84,35 @@ class Operations:
         from trainer.data.doctor import check_data
 
         tokenizer = self._load_tokenizer(model_path) if model_path else None
-        return check_data(path, tokenizer=tokenizer, progress=self._progress, **options)
+        return check_data(path, tokenizer=tokenizer, model_path=model_path or "", progress=self._progress, **options)
+
+    def preview_columns(self, path: str, columns: Sequence[str] = (), rows: int = PREVIEW_ROWS) -> dict[str, Any]:
+        """The first rows as a column mapping reads them, with the names of the columns and a mapping that fits."""
+        from trainer.data.formats import Tally, read_rows
+
+        tally = Tally()
+        shown: list[dict[str, Any]] = []
+        for row in read_rows(path, tally=tally, columns=columns):
+            if len(shown) >= rows:
+                break
+            turns = row.messages or ([{"role": "text", "content": row.text}] if row.text is not None else [])
+            cut = [{"role": turn["role"], "content": turn["content"][:PREVIEW_CHARACTERS]} for turn in turns[:8]]
+            shown.append({"line": row.line, "messages": cut, "problem": row.problem.message if row.problem else ""})
+        found = tally.format
+        return {
+            "rows": shown,
+            "columns": list(found.columns[:100]) if found else [],
+            "suggested": list(found.suggested) if found else [],
+            "mapping": found.mapping.texts() if found and found.mapping else [],
+        }
+
+    def repair_data(self, path: str, out: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+        """Write the repaired copy of a data file to `out`, and what was left out beside it; see trainer.data.repair."""
+        from trainer.data.repair import repair
+
+        target = Path(out)
+        rejects = target.with_name(f"{target.stem}-rejects.jsonl")
+        return repair(path, target, rejects, columns=columns, progress=self._progress) | {"rejects": str(rejects)}
 
     def view_row(
         self,
@@ -96,6 +127,7 @@ class Operations:
         profiles_root: str | None = None,
         piece: int | None = None,
         chat_template: str = "model",
+        columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Row `row` (from 0) as training will see it: messages before and after the profile, and tokens by kind.
 
@@ -104,7 +136,7 @@ class Operations:
         from trainer.data.render import Renderer, template_for, token_texts
         from trainer.data.shape import Shaper
 
-        found, rows = self._row(path, row)
+        found, rows = self._row(path, row, columns)
         shaper = Shaper(profile, profiles_root, system_prompt, date)
         view: dict[str, Any] = {
             "line": found.line, "rows": rows, "system_prompt": shaper.system_prompt, "before": found.messages,
@@ -143,6 +175,7 @@ class Operations:
         date: str,
         profiles_root: str | None = None,
         rows: int = PREVIEW_ROWS,
+        columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The first usable rows before and after the profile, and the system prompt with the date filled in."""
         from trainer.data.formats import read_rows
@@ -150,7 +183,7 @@ class Operations:
 
         shaper = Shaper(profile, profiles_root, system_prompt, date)
         shown: list[dict[str, Any]] = []
-        for row in read_rows(path):
+        for row in read_rows(path, columns=columns):
             if len(shown) >= rows:
                 break
             if row.messages is None:
@@ -179,7 +212,8 @@ class Operations:
         """Build or find the token cache of `request` (fields of TokenRequest) in `root`; reports rows done."""
         from trainer.data.tokens import TokenCache, TokenRequest, build_cache
 
-        asked = TokenRequest(**(request | {"files": tuple(request["files"])}))
+        lists = {"files": tuple(request["files"]), "columns": tuple(request.get("columns", ()))}
+        asked = TokenRequest(**(request | lists))
         cache = build_cache(asked, Path(root), self._progress)
         return {"cache": str(cache), "meta": TokenCache.open(cache).meta}
 
@@ -210,7 +244,7 @@ class Operations:
             self._tokenizer = (mark, load_tokenizer(model_path))
         return self._tokenizer[1]
 
-    def _row(self, path: str, index: int) -> tuple[Any, int]:
+    def _row(self, path: str, index: int, columns: Sequence[str]) -> tuple[Any, int]:
         """(the row at `index`, rows in the file)."""
         from trainer.data.formats import read_rows, scan
 
@@ -218,7 +252,7 @@ class Operations:
         if self._rows[0] != mark:
             self._rows = (mark, scan(path).rows)
         rows = self._rows[1]
-        found = next(read_rows(path, start=index), None) if index >= 0 else None
+        found = next(read_rows(path, start=index, columns=columns), None) if index >= 0 else None
         if found is None:
             raise Refusal(f"There is no row {index + 1:,}: {Path(path).name} has {rows:,} rows.")
         return found, rows

@@ -25,12 +25,13 @@ from trainer.queue import Queue
 from trainer.refusal import Refusal
 from trainer.run import RunDir
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _DATASET_ID = re.compile(r"[0-9a-f]{16}")
 _NAME_CHARACTERS = 80
 _CHUNK_BYTES = 2**20
-_STAGING = ".staging-"
+STAGING = ".staging-"
 _LEFT_OVER_S = 24 * 3600
 
 
@@ -201,7 +202,7 @@ class Workspace:
         that this one mends. Raises Refusal when the file is empty or cannot be read or stored.
         """
         name = safe_name(original_name)
-        staging = self.datasets_dir / f"{_STAGING}{secrets.token_hex(6)}"
+        staging = self.datasets_dir / f"{STAGING}{secrets.token_hex(6)}"
         try:
             _sweep(self.datasets_dir)
             make_private_dir(staging)
@@ -279,7 +280,7 @@ def safe_name(text: str) -> str:
 
 def _sweep(folder: Path) -> None:
     """Remove what additions left there whose process was killed; one of today may still be at work."""
-    for path in folder.glob(f"{_STAGING}*"):
+    for path in folder.glob(f"{STAGING}*"):
         try:
             left_over = time.time() - path.stat().st_mtime > _LEFT_OVER_S
         except FileNotFoundError:  # an addition at work, which has just put it in place

@@ -19,11 +19,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import profiles
+from trainer.data.mapping import saved_columns
 from trainer.files import make_private_dir
 from trainer.jobs import JobHandle
 from trainer.refusal import Refusal
 from trainer.schema import HyperparamSettings
-from trainer.workspace import DatasetInfo
+from trainer.workspace import DATA_SUFFIXES, DatasetInfo
+from ui import data_versions
 from ui.guard import MAX_UPLOAD_BYTES, UPLOAD_PATH, guarded
 from ui.numbers import count, disk
 from ui.replies import json_reply
@@ -31,7 +33,8 @@ from ui.report import data_view
 from ui.shelf import Check, Item, Shelf, text_of
 from ui.site import Site
 
-SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
+SUFFIXES = DATA_SUFFIXES
+SAID = ".jsonl, .json, .csv, .tsv, .parquet or .txt, packed by gzip or not"
 CHECK_LIMIT_S = 3600.0
 ROW_LIMIT_S = 30.0
 TOKENS_SHOWN = 4000
@@ -48,8 +51,14 @@ def data_shelf(site: Site) -> Shelf:
 
     def check(item: Item, options: dict[str, Any]) -> Check:
         request = check_request(site, options)
+        tokens = tokens_request(item, request) if options.get("exact") is True and request.get("model_path") else None
 
         def work(handle: JobHandle) -> dict[str, Any]:
+            if tokens is not None:  # every row as training would have it: the doctor finds its lengths there
+                site.worker.call(
+                    "tokenise", timeout_s=CHECK_LIMIT_S, on_progress=handle.progress, cancelled=handle.cancelled,
+                    request=tokens, root=str(site.workspace.tokens),
+                )  # fmt: skip
             report = site.worker.call(
                 "check_data", timeout_s=CHECK_LIMIT_S, on_progress=handle.progress, cancelled=handle.cancelled,
                 path=str(item.path), **request,
@@ -65,18 +74,34 @@ def data_shelf(site: Site) -> Shelf:
 def _item(info: DatasetInfo) -> Item:
     stat = info.path.stat()
     cells = (count(info.rows), disk(info.bytes))
-    return Item(info.id, info.name, info.path, cells, [stat.st_size, stat.st_mtime_ns])
+    stamp = [stat.st_size, stat.st_mtime_ns, *saved_columns(info.path)]  # another mapping makes other rows
+    return Item(info.id, info.name, info.path, cells, stamp)
 
 
 def check_request(site: Site, options: dict[str, Any]) -> dict[str, Any]:
     """The doctor's options out of a request: with a model it also measures lengths in that model's tokens."""
-    model = text_of(options, "model")
+    model, held_out = text_of(options, "model"), text_of(options, "held_out")
+    compared: dict[str, Any] = {}
+    if held_out:
+        other = site.workspace.dataset(held_out)  # by its id alone: a path out of a request opens nothing
+        if other is None:
+            raise Refusal("That data to compare with is no longer there. Reload the page.")
+        compared["held_out"] = str(other.path)
     if not model:
-        return {}
+        return compared
     longest = options.get("max_length", HyperparamSettings().max_length)
     if not isinstance(longest, int) or isinstance(longest, bool) or not 8 <= longest <= 1_048_576:
         raise Refusal("The maximum length must be a whole number from 8 to 1,048,576.", "hyperparams.max_length")
-    return {"model_path": str(site.workspace.find_model(model)), "max_length": longest, **_profile(site, options)}
+    return {
+        "model_path": str(site.workspace.find_model(model)), "max_length": longest, "caches": str(site.workspace.tokens),
+        **compared, **_profile(site, options),
+    }  # fmt: skip
+
+
+def tokens_request(item: Item, request: dict[str, Any]) -> dict[str, Any]:
+    """What the token cache of one file is asked for with, so that it is the one that the doctor's `request` looks for."""
+    keys = ("model_path", "profile", "profiles_root", "system_prompt", "date", "max_length")
+    return {"files": [str(item.path)], "too_long": "cut", **{key: request[key] for key in keys}}
 
 
 def _profile(site: Site, options: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +152,8 @@ async def receive(site: Site, request: Request) -> DatasetInfo:
 def _check_upload(site: Site, name: str, size: int) -> None:
     if not name.lower().endswith(SUFFIXES):
         raise Refusal(
-            f"Data comes as JSON Lines, one conversation or text a line, or as a plain text in a .txt file. The name ends "
-            f"in {', '.join(SUFFIXES)}. "
-            "CSV and Parquet are not read yet; export them as JSON Lines. Nothing was stored."
+            "Data comes as JSON Lines, JSON, CSV, TSV or Parquet, or as a plain text in a .txt file; all but Parquet may be "
+            f"packed by gzip. The name ends in {', '.join(SUFFIXES[:7])} or in .gz behind one of them. Nothing was stored."
         )
     if not size:
         raise Refusal("The file is empty. Nothing was stored.")
@@ -183,16 +207,18 @@ def routes(site: Site) -> list[Route]:
 
     async def choices(request: Request) -> Response:
         models = [path.name for path in site.workspace.models()]
-        return json_reply({"models": models, "profiles": profiles.names(site.workspace.profiles)})
+        datasets = [{"id": info.id, "name": info.name} for info in await run_in_threadpool(site.workspace.datasets)]
+        return json_reply({"models": models, "profiles": profiles.names(site.workspace.profiles), "datasets": datasets})
 
     return [
         Route(UPLOAD_PATH, guarded("upload", uploading), methods=["POST"]),
         Route("/api/data-choices", guarded("see", choices)),
         Route("/api/data/{id}/row", guarded("see_rows", row)),
+        *data_versions.routes(site, shelf),
         *shelf.routes(),
     ]
 
 
 def limits() -> dict[str, Any]:
     """What the page must know of uploads beforehand."""
-    return {"bytes": MAX_UPLOAD_BYTES, "text": disk(MAX_UPLOAD_BYTES), "suffixes": list(SUFFIXES)}
+    return {"bytes": MAX_UPLOAD_BYTES, "text": disk(MAX_UPLOAD_BYTES), "suffixes": [*SUFFIXES[:7], ".gz"], "said": SAID}

@@ -18,7 +18,8 @@ from typing import Any
 import profiles
 from trainer import disk_need
 from trainer.config import Change, Config, diff, field, resolve
-from trainer.data.conversation import PROBLEM_NAMES
+from trainer.data.mapping import saved_columns
+from trainer.data.problems import PROBLEM_NAMES
 from trainer.disk_forecast import one_checkpoint
 from trainer.files import child, read_json
 from trainer.jobs import JobHandle
@@ -168,8 +169,15 @@ def data_fact(site: Site, config: Config) -> DataFact | None:
         "chat_template": config.data.chat_template,
         "date": datetime.date.today().isoformat(),
         "max_length": config.hyperparams.max_length,
+        "columns": list(config.data.columns),
+        "held_out": config.data.validation_dataset_path
+        if Path(config.data.validation_dataset_path).is_file()
+        else None,
+        "caches": str(site.workspace.tokens),
     }
     about = request | {"files": [[str(path), stamp(path)] for path in files]}
+    about |= {"saved_columns": [saved_columns(path) for path in files]}
+    about |= {"held_out_stamp": stamp(Path(request["held_out"])) if request["held_out"] else None}
     about["model_stamp"] = stamp(Path(config.model_path)) if request["model_path"] else None
 
     def work(handle: JobHandle) -> list[dict[str, Any]]:
@@ -220,7 +228,7 @@ def _together(reports: list[dict[str, Any]], judged: dict[str, Any]) -> DataFact
         longest=max((lengths["longest"] for _, lengths in measured), default=None),
         p99=max((lengths["p99"] for _, lengths in measured), default=None),
         tokens=round(tokens) if measured else None,
-        sampled=any(lengths["sampled"] < _rows_of(report) for report, lengths in measured),
+        sampled=any(not lengths["exact"] for _, lengths in measured),
         trained_rows=sum(_rows_of(report) for report in reports),
         notes=tuple(
             warning["message"]

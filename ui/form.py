@@ -31,9 +31,14 @@ LONG_TEXT = ("profile.system_prompt",)
 SEND_TEST = """<div class="sb-row" id="notify-test"><button type="button" class="sb-button">Send test</button>
 <span class="sb-help" id="notify-said" role="status"></span></div>"""
 """What stands below the webhook; `assets/train_notify.js` fills it."""
+MORE_DATA = """<div class="sb-row sb-more-data" id="more-data">
+<label class="sb-more-file"><span class="sb-help">Add a file</span> <select class="sb-input" id="more-data-file"></select></label>
+<label><span class="sb-help">Weight</span> <input class="sb-input" id="more-data-weight" type="text" inputmode="decimal"
+value="1"></label> <button type="button" class="sb-button">Add</button> <span class="sb-message" role="status"></span></div>"""
+"""What stands below further data files; `assets/train_files.js` fills it."""
 PICKED = ("model_path", "data.dataset_path", "data.validation_dataset_path", "profile.name")
 SEGMENTED = ("hyperparams.method",)
-WIDE = (*PICKED[:2], *LONG_TEXT, "data.dataset_paths", "eval.sample_prompts", "notify.webhook_url")
+WIDE = (*PICKED[:2], *LONG_TEXT, "data.dataset_paths", "data.columns", "eval.sample_prompts", "notify.webhook_url")
 # labels of choices that are no words of their own, or that need a warning
 _CHOICE_LABELS = {
     "full": "Full",
@@ -105,7 +110,13 @@ def _disclosure(group: str, basic: bool) -> Iterator[None]:
 
 
 def _fields(group: list[FieldInfo]) -> dict[str, gr.components.Component]:
-    return {info.key: _component(info) for info in group}
+    made: dict[str, gr.components.Component] = {}
+    for info in group:
+        made[info.key] = _component(info)
+        if info.key == "data.dataset_paths":
+            classes = ["sb-wide-field", "sb-advanced"]
+            gr.HTML(MORE_DATA, elem_classes=classes, apply_default_css=False, js_on_load=None)
+    return made
 
 
 def _component(info: FieldInfo) -> gr.components.Component:

@@ -112,6 +112,8 @@ def _parsed(workspace: Workspace, draft: Draft, problems: dict[str, str]) -> dic
 
 def found_path(workspace: Workspace, key: str, value: Any) -> Any:
     """A model's or dataset's name as its path; what is not found stays as typed, for the gate to name."""
+    if key == "data.dataset_paths":
+        return [file | {"path": found_path(workspace, "data.dataset_path", file["path"])} for file in value]
     find = {"model_path": workspace.find_model, "data.dataset_path": workspace.find_dataset}.get(key)
     find = workspace.find_dataset if key == "data.validation_dataset_path" else find
     if find is None or not value:

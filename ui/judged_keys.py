@@ -7,13 +7,13 @@ FIT_KEYS = (
     "hyperparams.method", "hyperparams.batch_size", "hyperparams.gradient_accumulation", "hyperparams.auto_micro_batch",
     "hyperparams.optimizer", "hyperparams.fp_precision", "hyperparams.master_weights", "hyperparams.max_length",
     "hyperparams.packing", "hyperparams.use_gradient_checkpointing", "hyperparams.gradient_checkpointing_policy",
-    "lora.r", "lora.dropout", "lora.target_modules", "output.save_steps", "eval.eval_strategy",
+    "lora.r", "lora.dropout", "lora.target_modules", "output.save_steps", "eval.eval_strategy", "data.columns",
 )  # fmt: skip
 """The settings that a forecast of memory judges."""
 
 DATA_KEYS = [
     "data.dataset_path", "data.dataset_paths", "model_path", "profile.name", "profile.system_prompt", "data.chat_template",
-    "hyperparams.max_length",
+    "hyperparams.max_length", "data.columns", "data.validation_dataset_path",
 ]  # fmt: skip
 """The settings that a check of the data is made with."""
 DISK_KEYS = (

@@ -1,14 +1,14 @@
 """Reports for people: what the doctor found in a file, what the inspector found in a model folder.
 
 Pure functions from the worker's JSON to one small shape that `assets/shelf.js` draws for both pages: {"status",
-"word", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "more"}], "bars"}.
+"word", "headline", "facts": [[name, text]], "groups": [{"status", "title", "fix", "lines", "excerpts", "more"}], "bars"}.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.conversation import PROBLEM_NAMES
+from trainer.data.problems import FIXES, PROBLEM_NAMES
 from trainer.models.inspect import sentence
 from ui.numbers import count, disk, percent
 
@@ -31,29 +31,11 @@ SHAPES = {
     "due": "being compared",
 }
 
-# what to do about each kind of problem; the message of a row says what is wrong with it
-FIXES = {
-    "no_answer": "Add the assistant's answer as the last message, or delete the line.",
-    "empty_answer": "Write the answer, or delete the line.",
-    "bad_json": "Each line must be one whole JSON object; an object may not go over several lines.",
-    "unknown_role": "The role of a message is system, user or assistant.",
-    "order": "After an optional system message, user and assistant take turns.",
-    "wrong_type": "The role and the content of a message are texts in double quotes.",
-    "no_messages": 'Each line needs "messages": a list of {"role": …, "content": …}, or a "text".',
-    "empty_text": "Write the text, or delete the line.",
-    "text_too_long": "A text may have 64 MiB at most. Split it into several files; each is a document of its own.",
-    "not_trained": "Tool calls, images and separate thinking are not trained. Move them into the content or remove them.",
-    "characters": "Remove control characters and broken halves of characters.",
-    "not_utf8": "Save the file as UTF-8.",
-    "line_too_long": "A line may have 8 MiB at most. Split the conversation.",
-    "wrong_format": "Save the data as JSON Lines, one conversation or text a line, or as a .txt file, in UTF-8.",
-}
-
 
 def data_view(report: dict[str, Any]) -> dict[str, Any]:
     """The doctor's report on a data file (trainer.data.doctor.check_data) for a person."""
     facts = [
-        ["Format", _format(report)],
+        ["Format", report["format_reason"]],
         ["Rows", f"{count(report['rows'])}, usable {count(report['usable'])}"],
         ["Size", disk(report["bytes"])],
     ]
@@ -64,12 +46,13 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
         facts.append(["Plain texts", _documents(report)])
     facts += _lengths(report)
     groups = [
-        _group("problem", f"{count(number)} {PROBLEM_NAMES[code]}", FIXES[code], _lines(report, code), number)
+        _group("problem", f"{count(number)} {PROBLEM_NAMES[code]}", FIXES[code], *_lines(report, code), number)
         for code, number in report["counts"].items()
     ]
-    groups += [_group("warning", warning["message"], "", [], 0) for warning in report["warnings"]]
+    groups += [_warning(warning) for warning in report["warnings"]]
+    groups += _too_long(report.get("lengths"))
     if report.get("template_note"):
-        groups.append(_group("warning", report["template_note"], "", [], 0))
+        groups.append(_group("warning", report["template_note"], "", [], [], 0))
     status = "pass" if not groups else "problem" if not report["usable"] else "warning"
     bad = report["rows"] - report["usable"]
     return {
@@ -79,7 +62,37 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
         "facts": facts,
         "groups": groups,
         "bars": _bars(report),
+        "suggested": report["suggested"],
+        "mapping": report["mapping"],
+        "columns": report["columns"],
+        "repairable": _repairable(report),
     }
+
+
+def _repairable(report: dict[str, Any]) -> bool:
+    """Whether a repaired copy could differ from the file: rows with problems, rows said twice, or UTF-16."""
+    if not report["usable"]:
+        return any("UTF-16" in problem["message"] for problem in report["problems"])
+    return report["usable"] < report["rows"] or any(found["code"] == "duplicates" for found in report["warnings"])
+
+
+def _warning(found: dict[str, Any]) -> dict[str, Any]:
+    lines = found.get("lines", [])
+    return _group("warning", found["message"], "", lines, [], found["count"] if lines else 0)
+
+
+def _too_long(lengths: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows over the maximum length that were measured, by line."""
+    found = lengths["too_long"] if lengths else []
+    if not lengths or not found:
+        return []
+    limit, over = count(lengths["max_length"]), lengths["over"]
+    who = "row is" if over == 1 else "rows are"
+    sampled = "" if lengths["exact"] else f" of the {count(lengths['sampled'])} sampled"
+    text = f"{count(over)} {who} longer than {limit} tokens{sampled}."
+    cure = "Raise the maximum length, or choose on the Train page whether such rows are cut, dropped or refused."
+    lines = [f"Line {count(row['line'])}: {count(row['tokens'])} tokens." for row in found]
+    return [_group("warning", text, cure, lines, [], over)]
 
 
 def model_view(report: dict[str, Any]) -> dict[str, Any]:
@@ -97,14 +110,6 @@ def model_view(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _format(report: dict[str, Any]) -> str:
-    if report["format"] == "unknown":
-        return "not known: neither JSON Lines nor a text"
-    if report["format"] != "chat JSON Lines":
-        return str(report["format"])
-    return 'chat JSON Lines: each line holds "messages" with role and content'
-
-
 def _turns(turns: dict[str, int]) -> str:
     commonest = max(turns, key=lambda key: (turns[key], -int(key)))
     longest = max(int(key) for key in turns)
@@ -116,16 +121,29 @@ def _lengths(report: dict[str, Any]) -> list[list[str]]:
     if not lengths:
         return []
     median, p95, longest = (count(lengths[key]) for key in ("median", "p95", "longest"))
-    sampled = count(lengths["sampled"])
-    text = f"half up to {median} tokens, 95 % up to {p95}, longest {longest} ({sampled} rows sampled)"
-    facts = [["Length", text]]
+    mean = f"mean {count(round(lengths['mean']))}"
+    if lengths["exact"]:
+        source = f"{mean}; all {count(lengths['rows'])} rows measured"
+    else:
+        error = count(max(1, round(lengths["mean_error"])))
+        source = f"{mean} ± {error} (95 % sure); {count(lengths['sampled'])} of {count(lengths['rows'])} rows sampled"
+    facts = [["Length", f"half up to {median} tokens, 95 % up to {p95}, longest {longest}; {source}"]]
     if lengths["over"] is not None:
-        limit = f"{count(lengths['max_length'])} tokens"
-        share = percent(lengths["over"], lengths["sampled"])
-        facts.append(["Too long", f"{share} are over {limit}" if lengths["over"] else f"none over {limit}"])
+        facts.append(["Too long", _over(lengths)])
     what = "Trained tokens" if report.get("documents") else "Answer tokens"
     facts.append([what, f"{percent(report['label_share'])} of all tokens are trained"])
     return facts
+
+
+def _over(lengths: dict[str, Any]) -> str:
+    limit = f"{count(lengths['max_length'])} tokens"
+    low, high = lengths["over_rows"]
+    if lengths["exact"]:
+        return f"{count(lengths['over'])} over {limit}" if lengths["over"] else f"none over {limit}"
+    if not lengths["over"]:
+        return f"none seen over {limit}; at most {count(high)} of {count(lengths['rows'])} rows (95 % sure)"
+    share = percent(lengths["over"], lengths["sampled"])
+    return f"{share} are over {limit}: {count(low)} to {count(high)} of {count(lengths['rows'])} rows (95 % sure)"
 
 
 def _bars(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -144,18 +162,23 @@ def _documents(report: dict[str, Any]) -> str:
     return f"{documents}, in about {count(report['pieces'])} rows of at most {count(limit)} tokens; none is cut"
 
 
-def _lines(report: dict[str, Any], code: str) -> list[str]:
-    return [problem["message"] for problem in report["problems"] if problem["code"] == code]
+def _lines(report: dict[str, Any], code: str) -> tuple[list[str], list[str]]:
+    """The sentences of one kind of problem, and a piece of each row."""
+    found = [problem for problem in report["problems"] if problem["code"] == code]
+    return [problem["message"] for problem in found], [problem["excerpt"] for problem in found]
 
 
-def _group(status: str, title: str, fix: str, lines: list[str], number: int) -> dict[str, Any]:
+def _group(status: str, title: str, fix: str, lines: list[str], excerpts: list[str], number: int) -> dict[str, Any]:
     shown = lines[:LINES_SHOWN]
-    return {"status": status, "title": title, "fix": fix, "lines": shown, "more": max(number - len(shown), 0)}
+    more = max(number - len(shown), 0)
+    return {
+        "status": status, "title": title, "fix": fix, "lines": shown, "excerpts": excerpts[:LINES_SHOWN], "more": more,
+    }  # fmt: skip
 
 
 def _finding(status: str, found: dict[str, Any]) -> dict[str, Any]:
     text = f"{found['file']}: {found['message']}" if found["file"] else found["message"]
-    return _group(status, text[:1].upper() + text[1:] if not found["file"] else text, found["fix"], [], 0)
+    return _group(status, text[:1].upper() + text[1:] if not found["file"] else text, found["fix"], [], [], 0)
 
 
 def _model_facts(report: dict[str, Any]) -> list[list[str]]:

@@ -25,7 +25,7 @@ TOKENS_SHOWN = 4000
 KEYS = [
     "model_path", "profile.name", "profile.system_prompt", "data.dataset_path", "data.dataset_paths",
     "data.validation_dataset_path", "data.validation_split", "data.validation_max_rows", "data.too_long", "data.seed",
-    "data.chat_template",
+    "data.chat_template", "data.columns",
     "hyperparams.batch_size", "hyperparams.gradient_accumulation", "hyperparams.num_epochs", "hyperparams.max_steps",
     "hyperparams.max_length", "hyperparams.packing", "eval.eval_strategy",
 ]  # fmt: skip

@@ -55,6 +55,7 @@ def row_request(site: Site, config: Config) -> dict[str, Any]:
         "max_length": config.hyperparams.max_length,
         "too_long": config.data.too_long,
         "chat_template": config.data.chat_template,
+        "columns": list(config.data.columns),
         "profiles_root": str(site.workspace.profiles),
     }
 

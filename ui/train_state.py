@@ -175,7 +175,7 @@ def _view_mark(config: Config | None) -> str:
     if config is None:
         return "none"
     parts = [config.model_path, [f.path for f in config.data.files[:1]], config.profile.model_dump()]
-    parts += [config.hyperparams.max_length, config.data.too_long, config.data.chat_template]
+    parts += [config.hyperparams.max_length, config.data.too_long, config.data.chat_template, config.data.columns]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

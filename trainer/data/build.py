@@ -34,7 +34,10 @@ BATCH_CHARACTERS = 2 * 1024 * 1024
 class Builder:
     """Writes arrays and cache.json into `folder`; raises Refusal for a bad profile or template."""
 
-    def __init__(self, request: TokenRequest, tokenizer: Any, folder: Path, scans: list[Scan]) -> None:
+    def __init__(
+        self, request: TokenRequest, tokenizer: Any, folder: Path, scans: list[Scan], about: dict[str, Any]
+    ) -> None:
+        self.about = about
         self.request = request
         self.folder = folder
         self.scans = scans
@@ -52,6 +55,9 @@ class Builder:
         self.problem_counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.problems: list[dict[str, Any]] = []
+        self.units: list[
+            str
+        ] = []  # what the number of a place counts, by file: lines, or rows where there are no lines
         self.longest = 0
         self.longest_uncut = 0
         self.largest_id = 0
@@ -64,9 +70,10 @@ class Builder:
         try:
             for number, path in enumerate(self.request.files):
                 tally = Tally()
-                for batch in _batches(read_rows(path, tally=tally)):
+                for batch in _batches(read_rows(path, tally=tally, columns=self.request.columns)):
                     self._take(number, batch)
                     progress(self.count["seen"], total)
+                self.units.append(tally.format.unit if tally.format is not None else "line")
                 if tally.hexdigest() != self.scans[number].sha256:
                     raise Refusal(f"{Path(path).name} was changed while it was read. Start again.")
             self._refuse_what_cannot_be_trained()
@@ -201,6 +208,7 @@ class Builder:
         )  # fmt: skip
         return {
             "key": key,
+            **self.about,
             **{name: self.count[name] for name in names},
             "longest": self.longest,
             "longest_uncut": self.longest_uncut,
@@ -209,8 +217,8 @@ class Builder:
             "problem_counts": dict(self.problem_counts),
             "notes": dict(self.notes),
             "files": [
-                {"path": path, "sha256": each.sha256, "rows": each.rows}
-                for path, each in zip(self.request.files, self.scans, strict=True)
+                {"path": path, "sha256": each.sha256, "rows": each.rows, "unit": unit}
+                for path, each, unit in zip(self.request.files, self.scans, self.units, strict=True)
             ],
             "chat_template": self.template,
             "template_note": self.template_note,

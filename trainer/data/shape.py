@@ -32,6 +32,7 @@ class Shaper:
             self.system_prompt = own or profiles.fill_date(system_prompt, date)
         except ValueError as error:
             raise Refusal(str(error), "profile.system_prompt") from None
+        self.date = date
         self._overwrite = bool(own) and self.profile is not None and self.profile.overwrites_system
 
     def shape(self, messages: Conversation, index: int) -> Conversation:

@@ -21,6 +21,7 @@ import numpy as np
 import profiles
 from trainer.data.build import Builder, Progress
 from trainer.data.formats import Scan, scan
+from trainer.data.mapping import mapping_of
 from trainer.data.render import RENDERER_VERSION
 from trainer.files import fsync_dir, read_json
 from trainer.launch import base_of
@@ -46,6 +47,12 @@ class TokenRequest:
     too_long: Literal["cut", "drop", "refuse"]
     profiles_root: str | None = None
     chat_template: Literal["model", "chatml"] = "model"
+    columns: tuple[str, ...] = ()
+
+    def mappings(self) -> list[list[str]]:
+        """The column mapping of each file as texts: the setting, or what was saved with the dataset. Raises Refusal."""
+        found = [mapping_of(Path(path), self.columns) for path in self.files]
+        return [each.texts() if each is not None else [] for each in found]
 
     def key(self) -> str:
         """The name of the cache: a hash of all that can move a token; reads the files. Raises Refusal."""
@@ -59,7 +66,10 @@ class TokenRequest:
             "profiles_root": None,
             "profile_source": _profile_digest(self.profile, self.profiles_root),
             "renderer": RENDERER_VERSION,
+            "columns": self.mappings(),
         }
+        if not any(parts["columns"]):  # so that the caches and runs of before column mappings keep their names
+            del parts["columns"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -111,7 +121,8 @@ class TokenCache:
         """The same for a person: "chats.jsonl, line 8,113"."""
         file, line, _, piece = self.place(row)
         part = f", piece {piece + 1:,}" if piece is not None else ""
-        return f"{Path(self.meta['files'][file]['path']).name}, line {line:,}{part}"
+        known = self.meta["files"][file]
+        return f"{Path(known['path']).name}, {known.get('unit', 'line')} {line:,}{part}"
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -177,7 +188,11 @@ def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:
         staging = root / f".{key}.{secrets.token_hex(4)}.tmp"
         staging.mkdir()
         try:
-            Builder(request, load_tokenizer(request.model_path), staging, scans).run(key, progress)
+            about: dict[str, Any] = dict(
+                identity(request.model_path, request.profile, request.profiles_root, request.chat_template)
+            )
+            about |= {"columns": request.mappings()}
+            Builder(request, load_tokenizer(request.model_path), staging, scans, about).run(key, progress)
             os.rename(staging, target)
         except OSError as error:
             raise Refusal(f"The tokens could not be written: {error.strerror}. Nothing was changed.") from None
@@ -196,6 +211,15 @@ def tokenizer_files(model: Path) -> list[Path]:
     if not found:
         raise Refusal(f"{model.name} has no tokenizer files.", "model_path")
     return found
+
+
+def identity(model: str, profile: str | None, user_root: str | None, chat_template: str) -> dict[str, str]:
+    """What a cache's tokens hang on besides data and settings, as hashes; stands in cache.json. Raises Refusal."""
+    return {
+        "tokenizer": _tokenizer_digest(Path(model)),
+        "profile_source": _profile_digest(profile, user_root),
+        "template_choice": chat_template,
+    }
 
 
 def _tokenizer_digest(model: Path) -> str:

@@ -122,6 +122,7 @@ def tokenise(
         "max_length": config.hyperparams.max_length,
         "too_long": config.data.too_long,
         "chat_template": config.data.chat_template,
+        "columns": list(config.data.columns),
         "profiles_root": str(roots[1]),
     }
     try:

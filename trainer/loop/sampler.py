@@ -61,6 +61,7 @@ def messages_as_trained(
         max_length=config.hyperparams.max_length,
         too_long=config.data.too_long,
         chat_template=config.data.chat_template,
+        columns=list(config.data.columns),
         profiles_root=str(user_profiles),
     )
     return view["after"]

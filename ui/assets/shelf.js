@@ -23,10 +23,11 @@
     /**
      * `kind` names the addresses (`api/KIND`); `columns` are the headings after the name, "#" in front for figures; `empty()` and `more(item)`
      * give nodes: what stands there without items, and what comes below a report. `onItems(items)` hears of each list.
+     * `acts(answer)` gives what can be done about a finished report, at its end.
      */
-    constructor(root, { kind, columns, empty, more, onItems = () => {} }) {
+    constructor(root, { kind, columns, empty, more, acts = () => [], onItems = () => {} }) {
       const { el } = signalbox;
-      Object.assign(this, { root, kind, empty, more, onItems });
+      Object.assign(this, { root, kind, empty, more, acts, onItems });
       this.items = [];
       this.rows = new Map();
       this.chosen = decodeURIComponent(location.hash.slice(1));
@@ -141,7 +142,7 @@
       if (answer.state === "not-run") return [...top, el("p", "Not checked yet, or changed since."), el("div.sb-row", again)];
       if (answer.state === "failed") return [...top, note("problem", answer.error), el("div.sb-row", again)];
       const view = answer.view;
-      return [...top, note(view.status, view.headline), facts(view.facts), bars(view.bars), groups(view.groups), el("div.sb-row", again)].filter(Boolean);
+      return [...top, note(view.status, view.headline), facts(view.facts), bars(view.bars), groups(view.groups), ...this.acts(answer), el("div.sb-row", again)].filter(Boolean);
     }
 
     /** A button that asks something of the chosen item; a refusal stands beside it. */
@@ -176,7 +177,8 @@
     const entry = (group) => {
       const sign = glyph(group.status);
       sign.classList.add(`sb-tone-${tone(group.status)}`);
-      const lines = group.lines.map((line) => el("li", line));
+      const excerpt = (at) => (group.excerpts?.[at] ? el("code.sb-excerpt", group.excerpts[at]) : null);
+      const lines = group.lines.map((line, at) => el("li", line, excerpt(at)));
       if (group.more) lines.push(el("li.sb-help", `and ${signalbox.numbers.count(group.more)} more`));
       const shown = lines.length ? el("details", { open: found.length === 1 }, el("summary", "Show the lines"), el("ul.sb-lines", lines)) : null;
       return el("li", sign, el("span", group.title), group.fix ? el("span.sb-help", group.fix) : null, shown);

@@ -263,6 +263,7 @@
     signalbox.trainView?.(root);
     signalbox.trainBatch?.(fields);
     signalbox.trainNotify?.(root, fields);
+    signalbox.trainFiles?.();
     ask();
   }
 })();

@@ -12,7 +12,7 @@ from ui.frame import header
 from ui.routes import asset_url
 from ui.site import Site
 
-SCRIPTS = ("elements.js", "shelf.js", "data.js")
+SCRIPTS = ("elements.js", "shelf.js", "data_versions.js", "data.js")
 
 
 def build(site: Site) -> None:

@@ -36,7 +36,15 @@ _ON_LOAD = "window.signalbox.train(element, trigger, watch, props)"
 def build(site: Site) -> None:
     """Build the page into the current Blocks."""
     header(site, "Train")
-    scripts = ("elements.js", "train_fields.js", "train_view.js", "train_batch.js", "train_notify.js", "train.js")
+    scripts = (
+        "elements.js",
+        "train_fields.js",
+        "train_view.js",
+        "train_batch.js",
+        "train_notify.js",
+        "train_files.js",
+        "train.js",
+    )
     head = "".join(f'<script src="{asset_url(name)}"></script>' for name in scripts)
     styles = ("train.css", "train_form.css", "train_batch.css")
     head += "".join(f'<link rel="stylesheet" href="{asset_url(name)}">' for name in styles)
