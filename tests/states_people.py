@@ -25,7 +25,7 @@ from trainer.run_delete import name_to_type
 COMMANDS = ("pause", "checkpoint", "stop", "stop-now", "resume", "resume-around", "leave", "discard")
 USERS = st.sampled_from(["owner", "operator"])
 PICK = st.integers(0, 7)
-FILES = {"a.jsonl": b'{"text": "a"}\n', "b.jsonl": b'{"text": "b"}\n', "again.jsonl": b'{"text": "a"}\n', "a.csv": b"a"}
+FILES = {"a.jsonl": b'{"text": "a"}\n', "b.jsonl": b'{"text": "b"}\n', "again.jsonl": b'{"text": "a"}\n', "a.pdf": b"a"}
 TERMINAL = os.environ.get("USER", "command line")
 
 

@@ -119,3 +119,28 @@ def test_every_row_is_kept_or_rejected_and_no_word_is_new(
         assert all(turn in was for turn in own) and re.search(re.escape(f"{own[-1][0]}:{own[-1][1]}"), text)
     again = list(read_rows(path.with_name("fixed.jsonl")))
     assert all(row.problem is None for row in again)
+
+
+def test_the_command_line_maps_columns_and_writes_the_repaired_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.cli import main
+
+    path, out = tmp_path / "d.csv", tmp_path / "out.jsonl"
+    path.write_text("question,answer\nq,a\nr,\n")
+    assert main(["check-data", str(path)]) == 1
+    assert "--column user=question --column assistant=answer" in capsys.readouterr().out
+    mapped = ["--column", "user=question", "--column", "assistant=answer"]
+    assert main(["check-data", str(path), *mapped, "--repair", str(out), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"] == [
+        {
+            "line": 3,
+            "code": "empty_answer",
+            "message": report["problems"][0]["message"],
+            "excerpt": "question: r, answer: ",
+        }
+    ]
+    assert report["repair"]["kept"] == 1 and json.loads(out.read_text())["messages"] == [U, A]
+    assert (tmp_path / "out-rejects.jsonl").exists()
+    assert main(["check-data", str(path), "--column", "user=question"]) == 2

@@ -274,6 +274,8 @@ def test_a_broken_or_missing_tokenizer_is_refused_in_words(model: Path, tmp_path
     path = write(tmp_path / "d.jsonl", chat("q", "a"))
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "tokenizer.json").write_text('{"model": 3}')
+    strict = shutil.copytree(model, tmp_path / "strict")
+    (strict / "config.json").write_text(json.dumps({"model_type": "qwen3", "hidden_size": "many"}))
     empty = tmp_path / "empty"
     empty.mkdir()
     coded = shutil.copytree(model, tmp_path / "coded")
@@ -283,6 +285,7 @@ def test_a_broken_or_missing_tokenizer_is_refused_in_words(model: Path, tmp_path
     (coded / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
     for folder, words in [
         (broken, "cannot be loaded"),
+        (strict, "cannot be loaded: .*hidden_size"),
         (empty, "no tokenizer files"),
         (tmp_path / "none", "no tokenizer"),
     ]:

@@ -147,18 +147,23 @@ def load_tokenizer(path: Path | str) -> Any:
     if not path.is_dir():
         raise Refusal(f"There is no model folder {path.name}.", "model_path")
     path = tokenizer_folder(path)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # the Rust library raises the bare class for a broken tokenizer.json, hence the width
-        broken = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        # the strict dataclass error is of config.json, which says what tokenizer it is
+        broken = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
         if type(error) is not Exception and not isinstance(error, broken):
             raise
         told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         first = told.splitlines()[0][:200]
-        raise Refusal(f"The tokenizer of {path.name} cannot be loaded: {first.rstrip('.')}.", "model_path") from None
+        # the doctor tells a config.json that is at fault from a tokenizer's own files
+        cause = error if isinstance(error, StrictDataclassError) else None
+        said = f"The tokenizer of {path.name} cannot be loaded: {first.rstrip('.')}."
+        raise Refusal(said, "model_path") from cause
 
 
 def build_cache(request: TokenRequest, root: Path, progress: Progress) -> Path:

@@ -38,13 +38,14 @@ def try_tokenizer(path: Path, rows: int | None, file: str) -> dict[str, Any]:
     try:
         tokenizer = load_tokenizer(path)
     except Refusal as refusal:
-        message = refusal.message[:1].lower() + refusal.message[1:].rstrip(".")
-        fix = LIBRARY if file.endswith((".model", ".tiktoken")) else AGAIN
-        findings.problem("tokenizer_does_not_load", file, message, fix)
-    except StrictDataclassError as error:  # transformers reads config.json too, to learn which tokenizer it is
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        message = f"transformers does not take config.json ({reason})"
-        findings.problem("cannot_build", "config.json", message, "Download config.json again.")
+        if isinstance(refusal.__cause__, StrictDataclassError):  # transformers reads config.json for it too
+            reason = " ".join(str(refusal.__cause__).split())[:200].rstrip(".")
+            message = f"transformers does not take config.json ({reason})"
+            findings.problem("cannot_build", "config.json", message, "Download config.json again.")
+        else:
+            message = refusal.message[:1].lower() + refusal.message[1:].rstrip(".")
+            fix = LIBRARY if file.endswith((".model", ".tiktoken")) else AGAIN
+            findings.problem("tokenizer_does_not_load", file, message, fix)
     else:
         vocabulary = tokenizer.get_vocab()
         findings.facts["tokens"] = len(vocabulary)
