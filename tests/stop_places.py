@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from trainer import session, worker
-from trainer.loop import evaluate, optim, prepare, sample, shortage, train
+from trainer.loop import evaluate, optim, prepare, sample, saves, shortage
 from trainer.loop import step as steps
 from trainer.loop.forward import Found
 from trainer.loop.save import Saver
+from trainer.loop.saves import Saves
 from trainer.loop.step import Stepper
 from trainer.loop.train import Training
 from trainer.workspace import Workspace
@@ -158,7 +159,7 @@ def held_out(step: int) -> Callable[[Barrier, Patch, Workspace], None]:
 
 def between_steps(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
     """The step is recorded, the next not begun."""
-    before(patch, Training, "_watch_disk", barrier, lambda training: training.progress.step == AT)
+    before(patch, Saves, "watch_disk", barrier, lambda kept: kept._progress.step == AT)
 
 
 def forward(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
@@ -194,7 +195,7 @@ def sampling(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
 
 def copying(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
     """Weights and states are being copied off the device."""
-    before(patch, train, "snapshot", barrier)
+    before(patch, saves, "snapshot", barrier)
 
 
 def writing(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
@@ -209,14 +210,14 @@ def writing(barrier: Barrier, patch: Patch, workspace: Workspace) -> None:
         real(fd)
 
     patch.setattr(os, "fsync", slow)
-    watch = Training._watch_disk
+    watch = Saves.watch_disk
 
-    def wait(training: Training) -> None:
-        if training.progress.step == AT + 1:
+    def wait(kept: Saves) -> None:
+        if kept._progress.step == AT + 1:
             assert barrier.released.wait(WAIT_S)
-        watch(training)
+        watch(kept)
 
-    patch.setattr(Training, "_watch_disk", wait)
+    patch.setattr(Saves, "watch_disk", wait)
 
 
 def _short_once(patch: Patch, owner: Any, name: str, at: Callable[[], bool]) -> None:

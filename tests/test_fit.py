@@ -42,7 +42,8 @@ def run_of(place: Place, **settings: object) -> RunDir:
 def test_a_real_process_takes_what_was_forecast(tmp_path: Path) -> None:
     found = fit_cases.measured(tmp_path, SMALL)
     assert found["memory"]["forecast_gib"] == pytest.approx(found["peak_gib"], rel=0.15)
-    assert found["memory"]["measured_gib"] == pytest.approx(found["peak_gib"], rel=0.05)
+    # the run looks before it ends: on a busy machine its ending was once seen to take 8 % on top, alone it is under 2 %
+    assert found["memory"]["measured_gib"] == pytest.approx(found["peak_gib"], rel=0.12)
 
 
 @pytest.mark.slow

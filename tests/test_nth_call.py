@@ -251,7 +251,7 @@ STRIDES = {
     "prune": (4, 13),
     "resume": (7, 9),
     "upload": (5, 5),
-    "config": (5, 5),
+    "config": (2, 3),
 }
 
 

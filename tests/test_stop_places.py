@@ -241,21 +241,21 @@ def check(rig: Rig, place: Place, commands: list[str], patch: pytest.MonkeyPatch
 
 
 def phases_of_the_source() -> set[str]:
-    """Every phase that the product writes: `events.append("phase", name=…)` and `_aside(…)`."""
+    """Every phase that the product writes: `events.append("phase", name=…)` and `curve.aside(…)`."""
     found = set()
     for file in (ROOT / "trainer").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
                 continue
             first = getattr(node.args[0], "value", None)
-            if node.func.attr == "_aside":
+            if node.func.attr == "aside":
                 assert isinstance(first, str), f"{file.name}:{node.lineno}: a phase that cannot be read from the source"
                 found.add(first)
             elif node.func.attr == "append" and first == "phase":
                 name = next(word.value for word in node.keywords if word.arg == "name")
                 assert isinstance(name, (ast.Constant, ast.Name))
                 found.add(name.value if isinstance(name, ast.Constant) else f"<{name.id}>")
-    return found - {"<phase>"}  # the argument of _aside
+    return found - {"<phase>"}  # the argument of aside
 
 
 def test_every_phase_of_the_product_stands_in_the_table() -> None:

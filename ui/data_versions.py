@@ -123,7 +123,7 @@ def _column_routes(site: Site, shelf: Shelf) -> list[Route]:
         return json_reply({"columns": columns})
 
     return [
-        Route(f"{BASE}/preview", guarded("see_rows", previewing), methods=["POST"]),
+        Route(f"{BASE}/preview", guarded("check", previewing), methods=["POST"]),
         Route(f"{BASE}/columns", guarded("upload", saving), methods=["POST"]),
     ]
 
