@@ -73,6 +73,7 @@ def test_a_peer_that_cannot_run_here_is_named_and_not_left_out(measured):
     assert "Liger | not possible on a CPU" in text(measured)
 
 
+@pytest.mark.slow
 def test_a_broken_case_is_reported_and_the_rest_goes_on(rehearsed, measured):
     (case,) = rehearsed.suite.cases
     lost = replace(case, name="lost", model="small")

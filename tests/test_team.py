@@ -169,6 +169,7 @@ def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in psutil.Process(process.pid).children() if "trainer" in p.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_run_in_words_and_its_checkpoint_stays(place: Path, config: Config) -> None:
     saving = config.model_copy(update={"output": config.output.model_copy(update={"save_steps": 4})})
     endless = saving.model_copy(update={"hyperparams": saving.hyperparams.model_copy(update={"max_steps": 5000})})

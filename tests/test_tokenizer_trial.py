@@ -126,7 +126,7 @@ def test_a_template_that_fails_is_a_warning_since_chatml_is_left(
     assert word in found["message"] and "plain ChatML" in found["fix"] and found["file"] == "chat_template.jinja"
 
 
-@pytest.mark.parametrize("template", [LOOP, "{{ 'x' * 9999999999 }}"])
+@pytest.mark.parametrize("template", [LOOP, pytest.param("{{ 'x' * 9999999999 }}", marks=pytest.mark.slow)])
 def test_a_template_that_never_ends_or_takes_all_memory_is_ended(
     template: str, copy_of_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
