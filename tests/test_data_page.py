@@ -87,6 +87,18 @@ def test_an_upload_is_stored_checked_and_reported(app: RunningApp) -> None:
     assert list((app.workspace / "uploads").iterdir()) == []
 
 
+def test_a_file_without_a_manifest_shows_its_count_once_it_is_checked(app: RunningApp) -> None:
+    (app.workspace / "datasets" / "laid-there.jsonl").write_text(row("by hand") + "\n" + row("as well") + "\n")
+
+    def listed() -> dict[str, Any]:
+        return next(item for item in app.get("api/data")["items"] if item["name"] == "laid-there.jsonl")
+
+    assert listed()["cells"][0] == "–"
+    assert post(app, f"api/data/{listed()['id']}/check", {})["job"]
+    report(app, listed()["id"])
+    assert listed()["cells"][0] == "2"
+
+
 @pytest.mark.parametrize(
     "name",
     ["../../escape.jsonl", "/etc/cron.d/x.jsonl", "..\\..\\x.jsonl", "a\x00b.jsonl", "\u202egpj.jsonl", "x" * 300 + ".jsonl",

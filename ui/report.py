@@ -59,6 +59,7 @@ def data_view(report: dict[str, Any]) -> dict[str, Any]:
         "status": status,
         "word": f"{count(bad)} with problems" if bad else "good" if report["rows"] else "no rows",
         "headline": report["summary"],
+        "counted": count(report["rows"]),
         "facts": facts,
         "groups": groups,
         "bars": _bars(report),

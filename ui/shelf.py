@@ -131,9 +131,10 @@ class Shelf:
         rows = []
         for item in self._items():
             standing = self.standing(item)
-            rows.append(
-                {"id": item.id, "name": item.name, "cells": list(item.cells), **standing.line(), "job": standing.job}
-            )
+            cells = list(item.cells)
+            if standing.view is not None and "counted" in standing.view:  # a file of a data root has no note of its own
+                cells[0] = standing.view["counted"]
+            rows.append({"id": item.id, "name": item.name, "cells": cells, **standing.line(), "job": standing.job})
         return {"items": rows}
 
     def _read(self, item_id: str) -> dict[str, Any]:
