@@ -17,7 +17,7 @@ from trainer.config import flatten
 from trainer.fields import without_secrets
 from trainer.files import make_private_dir
 from trainer.launch import Prompt
-from trainer.loop import smoke_checks as checks
+from trainer.loop import smoke_checkpoint, smoke_model, smoke_steps, smoke_tokens
 from trainer.loop.fit import with_micro_batch
 from trainer.loop.fit_start import fit_of_smoke, remember_smoke
 from trainer.loop.prepare import Left, all_tokens, build_model, pick_device, plan_of, safetensors_folder
@@ -87,32 +87,32 @@ def _check_all(
     tokens = all_tokens(config, prompt, (workspace.tokens, workspace.profiles), worker, interrupt)
     cache = tokens.cache
     plan = plan_of(config, tokens)
-    checks.data(report, cache, plan)
-    checks.prompt_in_tokens(report, config, prompt, tokens, worker, workspace.profiles)
+    smoke_tokens.data(report, cache, plan)
+    smoke_tokens.prompt_in_tokens(report, config, prompt, tokens, worker, workspace.profiles)
     _leave(interrupt)
     report.doing("loading the model")
     said: list[str] = []
     converted = make_private_dir(workspace.tokens.parent / "converted")
     folder_of_model = safetensors_folder(model_path, converted, worker, said.append)
     model = build_model(config, folder_of_model, cache, device, here.summary, said.append)
-    checks.finite_weights(report, model)
-    checks.loss_path(report, model)
-    checks.checkpointing(report, config, model, tokens)
+    smoke_model.finite_weights(report, model)
+    smoke_model.loss_path(report, model)
+    smoke_model.checkpointing(report, config, model, tokens)
     fit = fit_of_smoke(config, model, tokens, plan, workspace.root, here.device, before_gib)
     config = with_micro_batch(config, fit.packs_each)
-    bench = checks.Bench(config, model, tokens, plan, device, report, interrupt)
+    bench = smoke_steps.Bench(config, model, tokens, plan, device, report, interrupt)
     report.doing("training on the longest rows")
     process_peak.begin()
-    checks.longest_rows(report, bench)
+    smoke_steps.longest_rows(report, bench)
     remember_smoke(report, fit, workspace.root, folder.name)
     report.doing("training one batch again and again")
-    checks.loss_falls(report, bench)
-    checks.attention_called(report, model)
+    smoke_steps.loss_falls(report, bench)
+    smoke_model.attention_called(report, model)
     report.doing("saving and loading a checkpoint")
-    checks.checkpoint_round_trip(report, bench, folder)
+    smoke_checkpoint.checkpoint_round_trip(report, bench, folder)
     report.doing("writing an answer")
-    checks.generation(report, config, prompt, model, tokens, worker, workspace.profiles, device, interrupt)
-    checks.forecast(report, bench, folder)
+    smoke_model.generation(report, config, prompt, model, tokens, worker, workspace.profiles, device, interrupt)
+    smoke_steps.forecast(report, bench, folder)
 
 
 def _leave(interrupt: Callable[[], bool]) -> None:

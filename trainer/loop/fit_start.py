@@ -15,7 +15,7 @@ from trainer.loop import fit as fits
 from trainer.loop.fit import Fit
 from trainer.loop.memory import Work, memory_text
 from trainer.loop.prepare import Model, Tokens
-from trainer.loop.smoke_checks import heaviest
+from trainer.loop.smoke_steps import heaviest
 from trainer.report import Report
 from trainer.schema import Config
 
@@ -80,7 +80,7 @@ def _give_back_where_short(around: Surroundings, fit: Fit, room: float) -> None:
 def fit_of_smoke(
     config: Config, model: Model, tokens: Tokens, plan: Plan, root: Path, device: str, before_gib: float
 ) -> Fit:
-    """The forecast of a smoke test's first steps: its longest rows in one micro-batch, as `checks.heaviest` puts them."""
+    """The forecast of a smoke test's first steps: its longest rows in one micro-batch, as `smoke_steps.heaviest` puts them."""
     h = config.hyperparams
     lengths, labels = np.asarray(tokens.cache.lengths), np.asarray(tokens.cache.label_counts)
     works = {}
