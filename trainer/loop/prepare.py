@@ -241,6 +241,7 @@ def build_model(
     if quantised:
         say_four_bits(loaded, device, say)
     trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
+    refuse_nothing_trainable(trained, h.method)
     for what in approximations(config.model_dump(), device != "cpu"):
         say(f"Approximate: {what}. Small updates can round to nothing; the curve is not that of exact weights.")
     if h.use_gradient_checkpointing:
@@ -282,6 +283,17 @@ def refuse_foreign_ids(loaded: Loaded, cache: TokenCache, source: Path) -> None:
             f"The data has the token {largest:,} ('{name}'), but the model's vocabulary ends at {rows - 1:,}. "
             "Its tokenizer belongs to another model: download the folder again.",
             "model_path",
+        )
+
+
+def refuse_nothing_trainable(trained: nn.Module, method: str) -> None:
+    """Raise Refusal where no parameter asks for a gradient: such a run would change nothing."""
+    if not any(parameter.requires_grad and parameter.numel() for parameter in trained.parameters()):
+        what = "adapter" if method != "full" else "model"
+        raise Refusal(
+            f"The {what} has no trainable parameters: a run would change nothing. No file was touched. Check lora.r and "
+            "lora.target_modules, or use full training.",
+            "hyperparams.method",
         )
 
 
