@@ -36,8 +36,8 @@ def data(tmp_path_factory):
     return runs.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
-def smoke(workspace, worker, config, interrupt=lambda: False) -> dict:
-    folder = workspace.smoke / "one"
+def smoke(workspace, worker, config, interrupt=lambda: False, name="one") -> dict:
+    folder = workspace.smoke / name
     folder.mkdir()
     prompt = launch.prompt_of(config, workspace.profiles)
     here = machine()
