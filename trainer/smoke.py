@@ -15,7 +15,6 @@ import torch
 from trainer import process_peak
 from trainer.config import flatten
 from trainer.fields import without_secrets
-from trainer.files import make_private_dir
 from trainer.launch import Prompt
 from trainer.loop import (
     smoke_answer,
@@ -128,8 +127,7 @@ def _check_all(
     _leave(interrupt)
     report.doing("loading the model")
     said: list[str] = []
-    converted = make_private_dir(workspace.tokens.parent / "converted")
-    folder_of_model = safetensors_folder(model_path, converted, worker, said.append)
+    folder_of_model = safetensors_folder(model_path, workspace.tokens.parent / "converted", worker, said.append)
     model = build_model(config, folder_of_model, cache, device, here.summary, said.append)
     said_kernel = smoke_attention.announced(model)
     with smoke_memory.stoppable_inside(model, interrupt):

@@ -16,6 +16,7 @@ from trainer.data.conversation import printable
 from trainer.data.loader import BadRow, MicroBatch, assemble, read_row
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
+from trainer.files import make_private_dir
 from trainer.launch import Prompt, approximations, fingerprint
 from trainer.loop.evaluate import micro_groups
 from trainer.loop.forward import Choice, choose_path, losses
@@ -149,6 +150,7 @@ def safetensors_folder(path: Path, root: Path, worker: Worker, say: Say) -> Path
         say(
             f"{path.name} holds pickle weights: converting them to safetensors first. The folder itself is not changed."
         )
+        make_private_dir(root)
         worker.call("convert", timeout_s=TOKENISE_LIMIT_S, path=str(path), out=str(target))
     return target
 

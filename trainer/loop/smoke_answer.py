@@ -110,7 +110,7 @@ def answers_end(report: Report, model: Model, tokens: Tokens) -> None:
     taught = sum(bool(np.isin(_labels(tokens, row), own).any()) for row in whole)
     names = ", ".join(f"'{model.tokenizer.convert_ids_to_tokens(token)}'" for token in own) or "none"
     if taught or not whole:
-        text = f"Answers end: {names} is trained in {taught:,} of {len(whole):,} whole rows."
+        text = f"Answers can end: {taught:,} of {len(whole):,} whole rows train a token that stops them ({names})."
         report.add("answers_end", "pass", text, f"{taught:,}")
         return
     report.add(
