@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,10 @@ def _operators(model: Model, cache: Any, rows: np.ndarray) -> Counter[str]:
     seen: Counter[str] = Counter()
     batch = assemble(cache, rows, model.stepper.device)
     counted = model.loaded.attention.calls.copy()
-    with torch.no_grad(), _Calls(seen), _Operators(seen):
+    compiled = any(module._compiled_call_impl is not None for module in model.loaded.model.modules())
+    # compiled code calls what it was made from; only there, since this imports the compiler
+    plain = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with plain, torch.no_grad(), _Calls(seen), _Operators(seen):
         losses(model.loaded.model, batch, model.choice.path)
     model.loaded.attention.calls.clear()
     model.loaded.attention.calls.update(counted)

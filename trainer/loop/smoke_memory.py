@@ -113,8 +113,10 @@ def stoppable_inside(model: Model, interrupt: Callable[[], bool]) -> Iterator[No
         if interrupt():
             raise Left()
 
+    # a compiled layer would be compiled again with the hook in it; a stop waits for the end of its step
     lists = [m for m in model.loaded.model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    hooks = [layer.register_forward_pre_hook(look) for layer in (lists[0] if lists else [])]
+    layers = [layer for layer in (lists[0] if lists else []) if layer._compiled_call_impl is None]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
         yield
     finally:

@@ -135,8 +135,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def loss_falls(report: Report, bench: Bench) -> None:
-    """One typical batch, trained again and again at the chosen rate, is learnt; a rate too high shows here."""
+def loss_falls(report: Report, bench: Bench) -> bool:
+    """One typical batch, trained again and again at the chosen rate, is learnt; a rate too high shows here.
+
+    Returns whether it was learnt.
+    """
     rows = bench.plan.micro_batches(1, bench.config.hyperparams.batch_size)[0]
     found = [bench.step(rows) for _ in range(REPEATED_STEPS)]
     # the steps before may have ruined the weights already: what counts is the loss that the model came with
@@ -155,17 +158,29 @@ def loss_falls(report: Report, bench: Bench) -> None:
     )
     if fall >= MUST_FALL:
         report.add("learns", "pass", text, f"−{fall:.1%}")
-        return
-    report.add("learns", "problem", f"Nothing is learnt. {text} Nothing was changed. Raise the rate.", f"−{fall:.1%}")
+        return True
+    still = len(bench.model.stepper.named) - len(moved(bench))
+    report.add(
+        "learns",
+        "problem",
+        f"Nothing is learnt. {text} {still:,} trained tensors are as they were. Nothing was changed on the disk. Raise the rate.",
+        f"−{fall:.1%}",
+    )
+    return False
+
+
+def moved(bench: Bench) -> list[str]:
+    """Names of the trained tensors that are not what they were before the first step."""
+    return [name for name, tensor in bench.model.stepper.named if not torch.equal(sample(tensor), bench.at_first[name])]
 
 
 def everything_moves(report: Report, bench: Bench) -> None:
     """The steps changed what is to be trained: seen in the tensors, not in which of them ask for a gradient."""
     named = bench.model.stepper.named
-    moved = [name for name, tensor in named if not torch.equal(sample(tensor), bench.at_first[name])]
-    still = sorted({name for name, _ in named} - set(moved))
-    figure = f"{len(moved):,} of {len(named):,}"
-    if len(moved) >= MUST_MOVE * len(named):
+    changed = moved(bench)
+    still = sorted({name for name, _ in named} - set(changed))
+    figure = f"{len(changed):,} of {len(named):,}"
+    if len(changed) >= MUST_MOVE * len(named):
         report.add("trained", "pass", f"{figure} trained tensors changed in {bench.taken} steps.", figure)
         return
     report.add(
