@@ -182,7 +182,7 @@ LONG = {"sample_steps": 1, "sample_prompts": ["Go on."], "sample_max_tokens": 40
 @pytest.fixture
 def endless(monkeypatch) -> None:
     """No token ends an answer, so that limits alone do."""
-    monkeypatch.setattr("trainer.loop.sample._ends", lambda trained, tokenizer: None)
+    monkeypatch.setattr("trainer.loop.sample.ends", lambda trained, tokenizer: None)
 
 
 def test_a_sample_ends_at_its_tokens_or_its_seconds_whichever_comes_first(place, endless) -> None:

@@ -48,8 +48,13 @@ class Report:
         """Figures others calculate with (peak_gib, seconds_a_step, total_steps, forecast_s)."""
         self._content.update(wire(facts))
 
-    def end(self, state: Literal["done", "stopped"]) -> dict[str, Any]:
-        """The last write; returns the whole report."""
+    def get(self, name: str) -> float | None:
+        """A figure told by `fact`; None where it was not."""
+        value = self._content.get(name)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def end(self, state: Literal["done", "stopped"], figures: str = "") -> dict[str, Any]:
+        """The last write; returns the whole report. `figures` are sentences that follow the summary of a pass."""
         content = self._content
         lines, passed, failed, left = (
             content["lines"],
@@ -64,9 +69,10 @@ class Report:
                 line["text"] for line in lines if line["status"] == "problem"
             )
         else:
-            summary = f"Passed {passed} of {len(lines)} in {time.monotonic() - self._started:.0f} s."
+            summary = f"Passed {passed} of {len(lines)} in {max(1, round(time.monotonic() - self._started))} s."
             if left:
                 summary = f"Passed {passed}; {left} not possible on this machine."
+            summary = f"{summary} {figures}".strip()
         content.update(state=state, doing="", summary=summary)
         self._write()
         return content

@@ -10,12 +10,13 @@ import numpy as np
 from trainer import clock, process_peak
 from trainer.data.packing import Plan
 from trainer.files import write_json
+from trainer.fit_history import Measured
 from trainer.launch import fingerprint
 from trainer.loop import fit as fits
 from trainer.loop.fit import Fit
 from trainer.loop.memory import Work, memory_text
 from trainer.loop.prepare import Model, Tokens
-from trainer.loop.smoke_checks import heaviest
+from trainer.loop.smoke_steps import heaviest
 from trainer.report import Report
 from trainer.schema import Config
 
@@ -80,7 +81,7 @@ def _give_back_where_short(around: Surroundings, fit: Fit, room: float) -> None:
 def fit_of_smoke(
     config: Config, model: Model, tokens: Tokens, plan: Plan, root: Path, device: str, before_gib: float
 ) -> Fit:
-    """The forecast of a smoke test's first steps: its longest rows in one micro-batch, as `checks.heaviest` puts them."""
+    """The forecast of a smoke test's first steps: its longest rows in one micro-batch, as `smoke_steps.heaviest` puts them."""
     h = config.hyperparams
     lengths, labels = np.asarray(tokens.cache.lengths), np.asarray(tokens.cache.label_counts)
     works = {}
@@ -92,11 +93,12 @@ def fit_of_smoke(
     return fits.fit_of(config, shape, works, root, key, device, before_gib, room)
 
 
-def remember_smoke(report: Report, fit: Fit, root: Path, smoke_id: str) -> None:
-    """Keep the peak of the longest rows' steps, saves left out, and tell the report."""
+def remember_smoke(report: Report, fit: Fit, root: Path, smoke_id: str) -> Measured | None:
+    """Keep the peak of the longest rows' steps, saves left out, tell the report, and return it."""
     measured = fits.remember(root, fit, "smoke", smoke_id, clock.now(), steps_alone=True)
     if measured is not None:
         report.fact(peak_gib=measured.measured_gib, forecast_gib=measured.forecast_gib)
+    return measured
 
 
 def remember_run(around: Surroundings, ready: Ready) -> None:

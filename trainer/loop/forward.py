@@ -160,7 +160,7 @@ def choose_path(
             wanted = reference_losses(model, batch)
             for way in WAYS if head is not None else WAYS[1:]:
                 path = Path(way, head, dtype, None, weight)
-                got = _row_means(model, batch, path)
+                got = row_means(model, batch, path)
                 if isinstance(got, str):
                     passed_over.append((way, got))
                     continue
@@ -230,7 +230,7 @@ def foresight(model: PreTrainedModel, batch: MicroBatch, path: Path) -> float:
     return float(moved.max()) if len(moved) else 0.0
 
 
-def _row_means(model: PreTrainedModel, batch: MicroBatch, path: Path) -> list[float] | str:
+def row_means(model: PreTrainedModel, batch: MicroBatch, path: Path) -> list[float] | str:
     """Mean loss of each row with its router loss, or in words why this way does not work for the model."""
     try:
         found = forward(model, batch, path)

@@ -16,6 +16,7 @@ from trainer.data.conversation import printable
 from trainer.data.loader import BadRow, MicroBatch, assemble, read_row
 from trainer.data.packing import Plan, make_plan, split
 from trainer.data.tokens import TokenCache, load_tokenizer
+from trainer.files import make_private_dir
 from trainer.launch import Prompt, approximations, fingerprint
 from trainer.loop.evaluate import micro_groups
 from trainer.loop.forward import Choice, choose_path, losses
@@ -149,6 +150,7 @@ def safetensors_folder(path: Path, root: Path, worker: Worker, say: Say) -> Path
         say(
             f"{path.name} holds pickle weights: converting them to safetensors first. The folder itself is not changed."
         )
+        make_private_dir(root)
         worker.call("convert", timeout_s=TOKENISE_LIMIT_S, path=str(path), out=str(target))
     return target
 
@@ -241,6 +243,7 @@ def build_model(
     if quantised:
         say_four_bits(loaded, device, say)
     trained = _what_is_trained(config, loaded, source, resumed=resume_from is not None, say=say)
+    refuse_nothing_trainable(trained, h.method)
     for what in approximations(config.model_dump(), device != "cpu"):
         say(f"Approximate: {what}. Small updates can round to nothing; the curve is not that of exact weights.")
     if h.use_gradient_checkpointing:
@@ -282,6 +285,17 @@ def refuse_foreign_ids(loaded: Loaded, cache: TokenCache, source: Path) -> None:
             f"The data has the token {largest:,} ('{name}'), but the model's vocabulary ends at {rows - 1:,}. "
             "Its tokenizer belongs to another model: download the folder again.",
             "model_path",
+        )
+
+
+def refuse_nothing_trainable(trained: nn.Module, method: str) -> None:
+    """Raise Refusal where no parameter asks for a gradient: such a run would change nothing."""
+    if not any(parameter.requires_grad and parameter.numel() for parameter in trained.parameters()):
+        what = "adapter" if method != "full" else "model"
+        raise Refusal(
+            f"The {what} has no trainable parameters: a run would change nothing. No file was touched. Check lora.r and "
+            "lora.target_modules, or use full training.",
+            "hyperparams.method",
         )
 
 

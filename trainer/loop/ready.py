@@ -16,7 +16,7 @@ from trainer import checkpoint
 from trainer.bad_rows import LeftOut, left_out_of
 from trainer.data.packing import Plan, waste
 from trainer.events import EventLog, all_events
-from trainer.files import make_private_dir, write_json
+from trainer.files import write_json
 from trainer.launch import Prompt, fingerprint, versions
 from trainer.loop import optim, prepare
 from trainer.loop.fit import Fit
@@ -111,7 +111,7 @@ def get_ready(around: Surroundings, config: Config, prompt: Prompt, found: check
     leave_if_asked(around)
     around.events.append("phase", name="load")
     _same_model(around, config)
-    converted = make_private_dir(around.tokens_root.parent / "converted")
+    converted = around.tokens_root.parent / "converted"
     folder = prepare.safetensors_folder(Path(config.model_path), converted, around.worker, around.say)
     past = list(all_events(around.run.events))
     rewinds, left_out = rewinds_of(past), left_out_of(past)

@@ -25,7 +25,7 @@ class _Limit(StoppingCriteria):
         return torch.full((input_ids.shape[0],), over, dtype=torch.bool, device=input_ids.device)
 
 
-def _ends(trained: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def ends(trained: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end an answer: the tokenizer's and the model's own (Gemma ends a turn with another than its eos)."""
     named = getattr(trained, "generation_config", None)
     own = named.eos_token_id if named is not None else None
@@ -64,7 +64,7 @@ def answer(
                 use_cache=True,
                 logits_processor=LogitsProcessorList(processors),
                 pad_token_id=tokenizer.pad_token_id or 0,
-                eos_token_id=_ends(trained, tokenizer),
+                eos_token_id=ends(trained, tokenizer),
                 stopping_criteria=StoppingCriteriaList([_Limit(max_s, interrupt)]),
                 temperature=None,
                 top_p=None,
