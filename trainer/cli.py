@@ -126,7 +126,8 @@ def load_config(arguments: argparse.Namespace) -> Config:
     if arguments.skip_eval:  # a setting of the run, so that a resume plans the same rows
         chosen["eval"] = {"eval_strategy": "no"}
     sets = [configs.parse_set(text) for text in arguments.settings]
-    return with_downloaded_model(configs.resolve(file, chosen, *sets), Workspace(arguments.workspace.resolve()))
+    config = configs.resolve(file, chosen, *sets)
+    return with_downloaded_model(config, Workspace(arguments.workspace.resolve()), arguments.config)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,6 @@ from trainer.fields import (
     shown_group,
     unknown,
 )
-from trainer.hub_names import id_or_none
 from trainer.legacy import modern
 from trainer.refusal import Refusal
 from trainer.schema import Config
@@ -152,17 +151,12 @@ def _make_absolute(sparse: dict[str, Any], folder: Path) -> None:
     for key in PATH_FIELDS:
         *section, name = key.split(".")
         group = sparse.get(section[0], {}) if section else sparse
-        if name in group and not (key == "model_path" and _is_model_id(group[name], folder)):
+        if name in group:
             group[name] = absolute(group[name])
     more = sparse.get("data", {}).get("dataset_paths")
     for entry in more if isinstance(more, list) else []:
         if isinstance(entry, dict) and "path" in entry:
             entry["path"] = absolute(entry["path"])
-
-
-def _is_model_id(text: Any, folder: Path) -> bool:
-    """Whether a `model_path` is the id of a hub's model: written as one, and no folder beside the file has that name."""
-    return isinstance(text, str) and id_or_none(text) is not None and not (folder / text).exists()
 
 
 def resolve(*layers: dict[str, Any], source: str = "") -> Config:

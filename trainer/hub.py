@@ -26,7 +26,7 @@ from typing import IO, Any
 from trainer.checkpoint import free_bytes
 from trainer.disk_need import file_size
 from trainer.files import fsync_dir, make_private_dir, read_json, write_json
-from trainer.hub_names import STAGING, ModelId, downloaded, how_to_get, id_or_none
+from trainer.hub_names import STAGING, ModelId, downloaded, how_to_get, id_in
 from trainer.locks import FileLock, holder, is_held
 from trainer.refusal import Refusal
 from trainer.schema import Config
@@ -251,19 +251,19 @@ def discard(models_dir: Path, model: ModelId) -> None:
         shutil.rmtree(staging)
 
 
-def with_downloaded_model(config: Config, workspace: Workspace) -> Config:
+def with_downloaded_model(config: Config, workspace: Workspace, config_file: Path) -> Config:
     """`config` with the folder of its model where `model_path` is the id of a downloaded one.
 
-    Raises Refusal that says how to download it where it is an id and neither a folder nor in the workspace.
+    An id in a file was read as a path beside that file. Raises Refusal that says how to download the model where it is
+    neither a folder nor in the workspace.
     """
-    text = config.model_path
-    if not text or Path(text).is_dir() or (model := id_or_none(text)) is None:
+    model = id_in(config.model_path, config_file)
+    if model is None:
         return config
-    folder = downloaded(workspace.models_dir, text)
+    folder = downloaded(workspace.models_dir, str(model))
     if folder is None:
-        raise Refusal(
-            f"There is no folder {text}, and no model {model} in the workspace. {how_to_get(model)}", "model_path"
-        )
+        where = f"There is no folder {config.model_path}, and no downloaded model {model} in the workspace."
+        raise Refusal(f"{where} {how_to_get(model)}", "model_path")
     return config.model_copy(update={"model_path": str(folder)})
 
 

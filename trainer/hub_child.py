@@ -168,19 +168,13 @@ class Fetch:
                 self._write(file, answer, out, start if continued else 0)
 
     def _write(self, file: RemoteFile, answer: Any, out: BinaryIO, have: int) -> None:
-        try:
-            for chunk in answer.iter_bytes():  # as they come: pieces of one size would lose up to one at a cut
-                have += len(chunk)
-                if have > file.size_bytes:
-                    raise Refusal(
-                        f"The hub sends more of {file.name} than it announced. Nothing of it is used. Try later."
-                    )
-                out.write(chunk)
-                self._done_bytes += len(chunk)
-                self._tell()
-        finally:
-            out.flush()
-            os.fsync(out.fileno())
+        for chunk in answer.iter_bytes():  # as they come: pieces of one size would lose up to one at a cut
+            have += len(chunk)
+            if have > file.size_bytes:
+                raise Refusal(f"The hub sends more of {file.name} than it announced. Nothing of it is used. Try later.")
+            out.write(chunk)
+            self._done_bytes += len(chunk)
+            self._tell()
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -192,6 +186,8 @@ class Fetch:
         """All files, proved, under their names in `model/`, with a note of where they come from."""
         make_private_dir(self.made)
         for file in files:
+            with open(self.parts / file.part, "rb") as whole:
+                os.fsync(whole.fileno())
             os.replace(self.parts / file.part, self.made / file.name)
         about = [{"name": file.name, "bytes": file.size_bytes, "digest": file.digest} for file in files]
         write_json(self.made / NOTE, {"id": str(self.model), "commit": self.commit, "files": about})

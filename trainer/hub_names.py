@@ -82,6 +82,14 @@ def downloaded(models_dir: Path, text: str) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
+def id_in(model_path: str, config_file: Path) -> ModelId | None:
+    """The id that a config's `model_path` is, which was read as a path beside the file; None where it is a folder or no id."""
+    path, beside = Path(model_path), config_file.absolute().parent
+    if not model_path or path.is_dir():
+        return None
+    return id_or_none(str(path.relative_to(beside)) if path.is_relative_to(beside) else model_path)
+
+
 def how_to_get(model: ModelId) -> str:
     """What to do about a model id that is not in the workspace."""
     return f"`python -m trainer download {model}` fetches it into the workspace; so does Download on the Models page."
