@@ -10,6 +10,7 @@
     const { el, button, field, say } = signalbox;
     const id = el("input.sb-input", { type: "text", autocomplete: "off", spellcheck: "false", maxlength: 200, placeholder: "organisation/name" });
     id.id = "sb-model-id";
+    id.size = 36;
     const said = el("p.sb-help.sb-upload-said", { role: "status" }, HINT);
     const fill = el("i");
     const bar = el("div.sb-bar.sb-idle", { role: "progressbar", "aria-label": "Download", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
@@ -83,8 +84,7 @@
 
     look();
     return el("section.sb-panel.sb-upload", { "aria-label": "Download a model" },
-      bar,
       el("div.sb-row.sb-end", field("Model id", id), start, cancel),
-      said, left);
+      bar, said, left);
   };
 })();
