@@ -34,6 +34,7 @@ class Model:
     wrong_size: str = ""  # the file that is announced one byte shorter than it is
     bytes_a_second: float | None = None
     ignores_ranges: bool = False
+    lies_at: str = ""  # another server's address, where its files are to be fetched
 
     def siblings(self) -> list[dict[str, Any]]:
         """The files as the hub lists them: weights with their sha256, small files with git's hash."""
@@ -107,6 +108,8 @@ def running_hub(**models: Model) -> Iterator[Hub]:
                 self._say(200, {"Content-Type": "application/json"}, json.dumps(told).encode())
             elif model.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self._say(403, {"X-Error-Code": "GatedRepo"})
+            elif model.lies_at:
+                self._say(302, {"Location": model.lies_at + path, "X-Repo-Commit": COMMIT})
             elif found[3] not in model.files:
                 self._say(404, {"X-Error-Code": "EntryNotFound"})
             else:

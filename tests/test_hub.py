@@ -146,7 +146,7 @@ def test_what_a_lost_line_left_is_continued_by_the_next_download(online: pytest.
 
 
 def test_a_hub_without_ranges_starts_the_file_anew(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = Model(SMALL, fails={"model.safetensors": [700_000]}, ignores_ranges=True)
+    model = Model(SMALL, fails={"model.safetensors": [700_000]}, ignores_ranges=True, bytes_a_second=3e6)
     told: list[int] = []
     with running_hub(org__name=model) as hub:
         made = fetched(hub, online, tmp_path, on_progress=lambda done, total: told.append(done))
@@ -196,6 +196,17 @@ def test_a_gated_model_is_explained_and_comes_with_a_token(online: pytest.Monkey
         )
         online.setenv("HF_TOKEN", "hf_right")
         assert (fetched(hub, online, tmp_path) / "config.json").is_file()
+
+
+def test_the_token_stays_with_the_hub_when_its_files_lie_elsewhere(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online.setenv("HF_TOKEN", "hf_secret")
+    cut = Model(SMALL, fails={"model.safetensors": [700_000]})
+    with running_hub(org__name=cut) as store, running_hub(org__name=Model(SMALL, lies_at=store.url)) as hub:
+        made = fetched(hub, online, tmp_path)
+        assert all("authorization" in headers for _, _, headers in hub.seen)
+        assert store.seen and not any("authorization" in headers for _, _, headers in store.seen)
+        assert [headers.get("range") for headers in store.asked("model.safetensors")] == [None, "bytes=700000-"]
+    assert (made / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_missing_models_revisions_and_weights_are_told_apart(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -273,6 +284,22 @@ def test_a_second_download_of_the_same_model_is_refused_in_words(online: pytest.
         with pytest.raises(Refusal, match="is here already, as org--name"):
             fetched(hub, online, tmp_path)
     assert made.is_dir()
+
+
+def test_an_end_just_before_the_last_rename_costs_no_byte(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with running_hub(org__name=Model(SMALL)) as hub:
+        with online.context() as broken:
+            broken.setattr(hubs.os, "rename", fails)
+            assert "Input/output error. What has arrived is kept" in refusal(hub, online, tmp_path)
+        total = sum(len(content) for content in SMALL.values())
+        assert hubs.unfinished(tmp_path)[0].done_bytes >= total
+        hub.seen.clear()
+        made = fetched(hub, online, tmp_path)
+        assert [path for _, path, _ in hub.seen] == ["/api/models/org/name"]
+    assert (made / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_what_arrived_can_be_thrown_away(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
