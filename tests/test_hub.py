@@ -328,5 +328,7 @@ def test_the_command_downloads_and_train_says_how_to(online: pytest.MonkeyPatch,
         online.setenv("HF_TOKEN", "hf_secret")
         done = command("download", "org/name")
         assert done.returncode == 0 and "org--name" in done.stdout and "hf_secret" not in done.stdout + done.stderr
+    done = command("download", "org/name")  # the hub is gone, the model is not
+    assert done.returncode == 0 and "is here already" in done.stderr and "org--name" in done.stdout
     done = command("train", "--config", str(config))
     assert done.returncode == 2 and "No data is chosen" in done.stderr  # the model was found

@@ -270,6 +270,9 @@ def with_downloaded_model(config: Config, workspace: Workspace, config_file: Pat
 def download_alone(workspace: Workspace, text: str) -> Path:
     """The command line's download: a line for each tenth on stderr, and Ctrl-C as a refusal that says what is kept."""
     model, tenth = ModelId.parse(text), -1
+    if (here := downloaded(workspace.models_dir, str(model))) is not None:  # a script may say it each time
+        print(f"{model} is here already. Nothing was downloaded.", file=sys.stderr)
+        return here
 
     def tell(done: int, total: int) -> None:
         nonlocal tenth
