@@ -47,7 +47,8 @@ def start_download(site: Site, model: ModelId) -> None:
 
 
 def _newest(site: Site) -> dict[str, Any] | None:
-    return next(iter(site.jobs.recent(DOWNLOAD)), None)
+    # by their start: ids of jobs of one second are in no order
+    return max(site.jobs.recent(DOWNLOAD), key=lambda job: job["started"], default=None)
 
 
 def standing(site: Site) -> dict[str, Any]:
