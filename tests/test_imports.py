@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 HEAVY = ("torch", "transformers", "peft")
 TRAINER = (
     "config", "fields", "schema", "run", "events", "metrics", "engine", "control", "jobs", "telemetry", "states",
-    "workspace", "worker", "machine", "models.inspect", "data.formats", "data.doctor", "loop.memory",
+    "workspace", "worker", "hub", "machine", "models.inspect", "data.formats", "data.doctor", "loop.memory",
 )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from trainer import config as configs
 from trainer import control
 from trainer.data.problems import PROBLEM_NAMES
 from trainer.events import wire
+from trainer.hub import with_downloaded_model
+from trainer.hub_names import id_or_none
 from trainer.recovery import SHUTDOWN, settle
 from trainer.refusal import Refusal
 from trainer.run import RunDir, status
@@ -32,7 +34,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("config.json"), help="settings file (default: config.json)")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="where runs and caches live")
     parser.add_argument("--profile", help="profile name; wins over the settings file")
-    parser.add_argument("--model", type=Path, help="model folder; wins over the settings file")
+    parser.add_argument(
+        "--model", type=Path, help="model folder, or the id of a downloaded model; wins over the settings file"
+    )
     parser.add_argument("--dataset", type=Path, action="append", default=[], help="dataset file; repeatable")
     parser.add_argument("--max-steps", type=int, help="stop after this many steps")
     parser.add_argument("--skip-eval", action="store_true", help="no held-out loss")
@@ -98,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path)
     starter = commands.add_parser("starter", help="write the starter model and dataset")
     starter.add_argument("--workspace", type=Path, default=Path("workspace"))
+    download = commands.add_parser("download", help="fetch a model from a hub into the workspace")
+    download.add_argument("model", metavar="ORG/NAME[@REVISION]")
+    download.add_argument("--workspace", type=Path, default=Path("workspace"))
     return top
 
 
@@ -108,7 +115,9 @@ def load_config(arguments: argparse.Namespace) -> Config:
     if arguments.profile is not None:
         chosen["profile"] = {"name": arguments.profile}
     if arguments.model is not None:
-        chosen["model_path"] = str(arguments.model.resolve())
+        named = str(arguments.model)
+        is_id = id_or_none(named) is not None and not arguments.model.exists()
+        chosen["model_path"] = named if is_id else str(arguments.model.resolve())
     if arguments.dataset:
         first, *more = (str(path.resolve()) for path in arguments.dataset)
         chosen["data"] = {"dataset_path": first, "dataset_paths": [{"path": path} for path in more]}
@@ -117,7 +126,8 @@ def load_config(arguments: argparse.Namespace) -> Config:
     if arguments.skip_eval:  # a setting of the run, so that a resume plans the same rows
         chosen["eval"] = {"eval_strategy": "no"}
     sets = [configs.parse_set(text) for text in arguments.settings]
-    return configs.resolve(file, chosen, *sets)
+    config = configs.resolve(file, chosen, *sets)
+    return with_downloaded_model(config, Workspace(arguments.workspace.resolve()), arguments.config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,6 +305,14 @@ def _starter(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _download(arguments: argparse.Namespace) -> int:
+    from trainer.hub import download_alone
+
+    folder = download_alone(Workspace(arguments.workspace.resolve()).create(), arguments.model)
+    print(f"Downloaded: {folder}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "resume": _resume,
@@ -311,6 +329,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "check-data": _check_data,
     "convert": _convert,
     "starter": _starter,
+    "download": _download,
 }
 
 

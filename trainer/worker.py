@@ -28,7 +28,7 @@ TORCH_MEMORY_BYTES = 64 * 1024**3  # of addresses: a CUDA build of torch maps ma
 CHILDREN = 3
 TORCH_OPS = frozenset({"check_shapes", "convert", "starter"})
 
-_INHERITED = (
+INHERITED = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TEMP", "TMP", "TZ", "SYSTEMROOT", "PYTHONPATH",
     "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONHOME",
 )  # fmt: skip
@@ -225,7 +225,7 @@ class _Child:
 
     def _attend(self, started: threading.Event) -> None:
         package_root = str(Path(__file__).resolve().parent.parent)
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _SET
+        environment = {name: os.environ[name] for name in INHERITED if name in os.environ} | _SET
         inherited = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join([package_root, inherited] if inherited else [package_root])
         command = [sys.executable, "-P", "-m", "trainer.worker", "--memory-bytes", str(self._memory_bytes)]

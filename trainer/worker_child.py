@@ -44,8 +44,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--torch", action="store_true")
     arguments = parser.parse_args()
-    requests, replies = _take_pipes()
-    _limit_self(arguments.memory_bytes, arguments.parent)
+    requests, replies = take_pipes()
+    limit_self(arguments.memory_bytes, arguments.parent)
     if not arguments.torch:
         sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none: saves 200 MiB and seconds
     from trainer.worker_ops import Operations
@@ -71,7 +71,7 @@ def _answer(operations: Any, op: str, args: dict[str, Any]) -> dict[str, Any]:
         return {"died": f"{type(error).__name__}: {error}"[:300], "detail": traceback.format_exc()[-8000:]}
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Our two pipes under new numbers; libraries get an empty stdin, and what they print goes to stderr."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -81,7 +81,7 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, replies
 
 
-def _limit_self(memory_bytes: int, parent: int) -> None:
+def limit_self(memory_bytes: int, parent: int) -> None:
     """Limits on memory and files, no core dump, end with the parent. Windows has none of these."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     if sys.platform == "win32":

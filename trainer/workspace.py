@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from trainer.current import Current
 from trainer.files import NAME, fsync_dir, make_private_dir, read_json, write_json
+from trainer.hub_names import downloaded
 from trainer.queue import Queue
 from trainer.refusal import Refusal
 from trainer.run import RunDir
@@ -152,7 +153,7 @@ class Workspace:
         return found
 
     def find_model(self, name_or_path: str) -> Path:
-        """A model's folder from its name in a root (the first root wins) or from a path; Refusal if none."""
+        """A model's folder from its name in a root (the first root wins), a path or a hub's id; Refusal if none."""
         _refuse_zero_byte(name_or_path, "model")
         if not name_or_path:
             raise Refusal("No model is chosen.", "model_path")
@@ -163,6 +164,8 @@ class Workspace:
                     return path
         if given.is_dir():
             return given.absolute()
+        if (fetched := downloaded(self.models_dir, name_or_path)) is not None:
+            return fetched
         near = difflib.get_close_matches(given.name, [p.name for p in self.models()], n=1)
         hint = f" Closest: {near[0]}." if near else ""
         raise Refusal(f"There is no model folder '{name_or_path}'.{hint}", "model_path")

@@ -28,6 +28,7 @@ from trainer.config import (
 )
 from trainer.fields import masked
 from trainer.files import child
+from trainer.hub_names import downloaded, id_in
 from trainer.refusal import Refusal
 from trainer.workspace import Workspace
 from ui.drafts import Draft
@@ -75,6 +76,9 @@ def form_state(workspace: Workspace, config_path: Path, draft: Draft) -> FormSta
     gone: list[str] = []
     try:
         sparse, gone = load_sparse(path), retired(path)
+        model = id_in(sparse["model_path"], path) if isinstance(sparse.get("model_path"), str) else None
+        if model is not None and (folder := downloaded(workspace.models_dir, str(model))) is not None:
+            sparse["model_path"] = str(folder)
         base = resolve(sparse, source=path.name)
     except ConfigError as error:
         problems[""] = error.message

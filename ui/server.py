@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 import ui.data_api
 import ui.feed
+import ui.hub_api
 import ui.models_api
 import ui.notify_api
 import ui.queue_api
@@ -58,7 +59,7 @@ def build_pages(site: Site) -> gr.Blocks:
 
 def our_routes(site: Site) -> list[Route]:
     """Every route that is not Gradio's, in the order they are tried."""
-    parts = (ui.routes, ui.feed, ui.routes_train, ui.queue_api, ui.data_api, ui.models_api, ui.notify_api)
+    parts = (ui.routes, ui.feed, ui.routes_train, ui.queue_api, ui.data_api, ui.models_api, ui.hub_api, ui.notify_api)
     return [route for part in parts for route in part.routes(site)]
 
 

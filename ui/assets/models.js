@@ -1,4 +1,4 @@
-// The Models page: the shelf of model folders, and the starter model.
+// The Models page: the shelf of model folders, the download by id (hub.js) and the starter model.
 (() => {
   "use strict";
   const signalbox = (window.signalbox ??= {});
@@ -15,14 +15,19 @@
       kind: "models",
       columns: ["#Size", "Where"],
       onItems: checkNew(() => shelf.soon()),
-      empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", or make the starter model above."),
+      empty: () => el("p", "No models yet. Copy a model folder into ", el("code", props.folder), ", download one by its id, or make the starter model above."),
       more: () => [
         el("h3", "Every weight"),
         el("p.sb-help", "The check above reads names, shapes and headers, no numbers. This one reads all weights and looks for values that are not numbers; it takes as long as reading the files does."),
         el("div.sb-row", shelf.action("Read every weight", "check", { deep: true })),
       ],
     });
-    root.firstChild.after(starter(shelf));
+    const arrived = async (folder) => {
+      await shelf.soon();
+      const item = shelf.items.find((one) => one.name === folder);
+      if (item) shelf.choose(item.id);
+    };
+    root.firstChild.after(signalbox.hubPanel(arrived), starter(shelf));
   };
 
   /** Headers are read in a moment and shapes compared one model at a time, so models that were never looked at are checked without being asked. */

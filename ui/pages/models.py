@@ -1,6 +1,6 @@
-"""The Models page: the model folders of the roots, each with its report, and the starter model.
+"""The Models page: the model folders of the roots, each with its report, the download by id, and the starter model.
 
-One element that `assets/shelf.js` and `assets/models.js` fill from `ui/models_api.py`.
+One element that `assets/shelf.js`, `hub.js` and `models.js` fill from `ui/models_api.py` and `ui/hub_api.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ui.frame import header
 from ui.routes import asset_url
 from ui.site import Site
 
-SCRIPTS = ("elements.js", "shelf.js", "models.js")
+SCRIPTS = ("elements.js", "shelf.js", "hub.js", "models.js")
 
 
 def build(site: Site) -> None:
