@@ -61,7 +61,7 @@ def test_only_owner_and_operators_download_and_only_the_owner_throws_away(site: 
 
 
 def test_the_newest_of_two_downloads_in_one_second_is_the_one_that_is_shown(site: Any) -> None:
-    for at in range(12):  # ids of one second are drawn, so an order by id would be right once in twelve
+    for at in range(12):  # ids of jobs of one second are drawn: an order by id is soon wrong
         job = site.jobs.start("download", lambda handle: {})
         while site.jobs.read(job)["state"] == "running":
             time.sleep(0.005)
