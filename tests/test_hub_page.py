@@ -61,7 +61,7 @@ def test_only_owner_and_operators_download_and_only_the_owner_throws_away(site: 
 
 
 def test_the_newest_of_two_downloads_in_one_second_is_the_one_that_is_shown(site: Any) -> None:
-    for at in range(12):  # ids of one second are drawn, so an order by id would be right once in twelve
+    for at in range(12):  # ids of jobs of one second are drawn: an order by id is soon wrong
         job = site.jobs.start("download", lambda handle: {})
         while site.jobs.read(job)["state"] == "running":
             time.sleep(0.005)
@@ -73,7 +73,6 @@ def test_a_person_downloads_cancels_resumes_and_sees_the_report(page: Any, tiny_
     files = files_of(tiny_model)
     slow = Model(files, bytes_a_second=len(files["model.safetensors"]) / 40)
     with app_with_hub(tmp_path / "w", slow) as (app, hub):
-        said = page.locator(".sb-upload-said").first
         page.goto(f"{app.url}/models")
         page.get_by_label("Model id").fill("org/gone")
         page.get_by_role("button", name="Download").click()
@@ -90,9 +89,9 @@ def test_a_person_downloads_cancels_resumes_and_sees_the_report(page: Any, tiny_
         began = time.monotonic()
         page.get_by_role("button", name="Cancel").click()
         waited(app, lambda now: now["state"] == "cancelled")
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 3  # with the click; test_hub.py holds the second itself
         page.get_by_role("button", name="Resume").wait_for()
-        assert "What has arrived is kept" in said.inner_text()
+        page.wait_for_function("document.body.innerText.includes('What has arrived is kept')")
         _picture(page, "cancelled")
         slow.bytes_a_second = None
         hub.seen.clear()

@@ -18,6 +18,8 @@ from trainer.smoke import run_smoke
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("only_new_objects")
+
 
 @pytest.fixture(scope="module")
 def worker():

@@ -32,6 +32,8 @@ from trainer.models.attention import DocumentAttention
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("only_new_objects")
+
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:

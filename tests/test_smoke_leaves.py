@@ -20,6 +20,8 @@ from trainer.run import status
 from trainer.worker import Worker
 from trainer.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("only_new_objects")
+
 
 @pytest.fixture(scope="module")
 def worker():

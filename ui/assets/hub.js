@@ -10,7 +10,7 @@
     const { el, button, field, say } = signalbox;
     const id = el("input.sb-input", { type: "text", autocomplete: "off", spellcheck: "false", maxlength: 200, placeholder: "organisation/name" });
     id.id = "sb-model-id";
-    id.size = 36;
+    id.size = 28; // as wide as a phone allows
     const said = el("p.sb-help.sb-upload-said", { role: "status" }, HINT);
     const fill = el("i");
     const bar = el("div.sb-bar.sb-idle", { role: "progressbar", "aria-label": "Download", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
