@@ -111,6 +111,7 @@ def test_a_person_downloads_cancels_resumes_and_sees_the_report(page: Any, tiny_
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_server_may_end_in_the_middle_and_the_rest_is_resumed_or_thrown_away(
     page: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
