@@ -1,4 +1,4 @@
-# make run: the app on 127.0.0.1:7860 · make test: all but the long suites, about ten minutes on two cores · make long: those
+# make run: the app on 127.0.0.1:7860 · make test: all but the long suites, about twelve minutes on two cores · make long: those
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
