@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 
 from tests.figures import figures, pytest_terminal_summary  # noqa: F401  (a fixture and a hook)
+from trainer.worker import Worker
+from trainer.workspace import Workspace
 
 pytest.register_assert_rewrite("tests.states_people", "tests.sweeps", "tests.stop_places")
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +51,21 @@ class RunningApp:
         """The JSON of a GET."""
         with urllib.request.urlopen(f"{self.url}/{path}", timeout=10) as reply:
             return json.load(reply)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """A worker process for the tests of one file."""
+    made = Worker()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """An empty workspace, its device locks beside it."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return Workspace(tmp_path / "ws").create()
 
 
 def unavailable(what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ from ui.follow import Follower, Reader
 
 HALF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Place = tuple[Workspace, Path, Path]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

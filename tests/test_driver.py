@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,9 @@ OFF = {"eval_strategy": "no"}
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("driver")
     return tiny_model_dir(root / "model"), runs.write_rows(root / "rows.jsonl")
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return Workspace(tmp_path / "ws").create()
 
 
 class Driver(types.ModuleType):

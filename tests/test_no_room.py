@@ -7,7 +7,7 @@ import re
 import resource
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ from trainer.worker import Worker
 from trainer.workspace import Workspace
 
 OFF = {"eval_strategy": "no"}
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

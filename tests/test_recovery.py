@@ -42,12 +42,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    return Workspace(tmp_path / "ws").create()
-
-
-@pytest.fixture
 def engine(workspace: Workspace):
     made = Engine(workspace, Worker())
     yield made

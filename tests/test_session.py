@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from trainer.worker import Worker
 from trainer.workspace import Workspace
 
 Place = tuple[Workspace, Path, Path]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -29,17 +29,9 @@ from trainer.loop import smoke_memory, smoke_steps
 from trainer.loop.sample import _Limit
 from trainer.models import activations
 from trainer.models.attention import DocumentAttention
-from trainer.worker import Worker
 from trainer.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("only_new_objects")
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

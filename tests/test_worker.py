@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from tests.tiny import tiny_tokenizer
 from tests.worker_kit import DATE, LOOP, chat, child_pids, view, with_template
 from trainer.refusal import Refusal
 from trainer.worker import Cancelled, Worker, WorkerDied
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,6 @@ from trainer.data.formats import read_rows
 from trainer.data.tokens import TokenCache, TokenRequest, load_tokenizer
 from trainer.refusal import Refusal
 from trainer.worker import Worker
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    made = Worker()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
