@@ -7,6 +7,7 @@ and the same thing done again, on a disk that works, succeeds. `make test` fails
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from tests.figures import Note
 from tests.sweeps import Case, Root, compound, sweep
 from trainer import checkpoint, config, session
 from trainer.events import EventLog, all_events
-from trainer.files import read_json, write_json
+from trainer.files import read_json, write_bytes, write_json
 from trainer.metrics import COLUMNS, MetricsWriter, read_records
+from trainer.refusal import Refusal
 from trainer.run import RunDir, create_run
 from trainer.session import open_life
 from trainer.telemetry import Telemetry
@@ -270,3 +272,46 @@ def test_a_fault_at_any_call_of_the_recovery_from_a_fault_at_any_call_loses_noth
     firsts, tries = compound(case, tmp_path)
     done = f"a fault at each of {firsts} calls, then at every call of the recovery, four ways in turn for both"
     figures(f"A fault in the recovery from a fault: {case.name}", done, tried=tries, lost=0, failed_resumes=0)
+
+
+# -- the sweeps themselves: a recovery that is only safe when nothing goes wrong in it
+
+
+def old_text(root: Root) -> None:
+    (root / "text").write_text("old", encoding="utf-8")
+
+
+def put_text(root: Root) -> None:
+    try:
+        write_bytes(root / "text", b"new")
+    except OSError as error:
+        raise Refusal(f"The text cannot be written: {error.strerror}. The old one is whole.") from None
+
+
+def put_text_carelessly(root: Root) -> None:
+    """After a write that was cut off: write over the only copy."""
+    left = [path for path in root.iterdir() if path.name != "text"]
+    if not left:
+        return put_text(root)
+    try:
+        with open(root / "text", "w", encoding="utf-8") as file:
+            file.write("new")
+        for path in left:
+            path.unlink()
+    except OSError as error:
+        raise Refusal(f"The text cannot be written: {error.strerror}. The old one is whole.") from None
+
+
+def text_held(root: Root) -> None:
+    assert (root / "text").read_text(encoding="utf-8") in ("old", "new")
+
+
+def test_only_the_second_fault_finds_a_recovery_that_writes_over_the_only_copy(tmp_path: Path) -> None:
+    careless = Case("careless", old_text, put_text, text_held, text_held, refuses=True, recover=put_text_carelessly)
+    (tmp_path / "once").mkdir()
+    assert sweep(careless, tmp_path / "once", thorough=True) > 5
+    for folder in ("good", "bad"):
+        (tmp_path / folder).mkdir()
+    assert compound(replace(careless, recover=put_text), tmp_path / "good")[1] > 5
+    with pytest.raises(AssertionError):
+        compound(careless, tmp_path / "bad")
