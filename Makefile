@@ -20,10 +20,10 @@ $(VENV)/.test: $(VENV)/.run
 run: $(VENV)/.run
 	$(BIN)/python app.py
 
-# two at a time, a file of tests in one process: each has its own runtime directory, so that their device locks never meet;
+# three at a time, since they often wait for a browser or a child; a file of tests in one process: each has its own runtime directory, so that their device locks never meet;
 # in the order of names, since the files with the fewest tests, left for last otherwise, are the longest
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # minutes to hours: every mutant, every stop step, every browser path
 long: $(VENV)/.test

@@ -134,6 +134,7 @@ def test_a_supervised_server_survives_a_restart_and_a_crash_and_ends_on_sigterm(
     assert "Fatal Python error: Segmentation fault" in (running.workspace / "crash.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_sigterm_in_the_middle_of_a_run_ends_it_at_a_step_and_saves_it(tmp_path: Path) -> None:
     running = start_app(tmp_path / "w", "--foreground")
     urllib.request.urlopen(

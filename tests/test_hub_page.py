@@ -68,6 +68,7 @@ def test_the_newest_of_two_downloads_in_one_second_is_the_one_that_is_shown(site
         assert standing(site)["job"] == job, at
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_person_downloads_cancels_resumes_and_sees_the_report(page: Any, tiny_model: Path, tmp_path: Path) -> None:
     files = files_of(tiny_model)

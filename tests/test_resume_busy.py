@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import runs
 from tests.lives import assert_same
 from trainer.run import RunDir, status
@@ -89,6 +91,7 @@ def ended(run: RunDir) -> str:
     return status(run).state
 
 
+@pytest.mark.slow
 def test_twenty_clients_and_the_doctors_leave_the_weights_as_they_are(
     site: Site, tiny_model: Path, tmp_path: Path
 ) -> None:

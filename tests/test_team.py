@@ -90,6 +90,7 @@ def unbroken(place: Path, config: Config) -> RunDir:
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(place: Path, config: Config, unbroken: RunDir) -> None:
     workspace, worker = Workspace(place / "alone").create(), Worker()
     try:
@@ -110,6 +111,7 @@ def test_two_processes_give_the_curve_of_one(place: Path, config: Config, unbrok
     assert len(held_out[0]) == 5 and np.allclose(*held_out, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_processes_write_one_run_directory(place: Path, unbroken: RunDir) -> None:
     assert status(unbroken).state == "finished"
     kinds = [event["kind"] for event in all_events(unbroken.events)]
