@@ -167,6 +167,19 @@ def life_in(root: Root) -> str:
     return train_to_end(life, Workspace(root), WorkerHere(), machine())  # type: ignore[arg-type]
 
 
+def test_a_read_that_fails_while_a_life_begins_ends_it_in_words_or_not_at_all(model_dir: Path, tmp_path: Path) -> None:
+    rows = runs.write_rows(tmp_path / "rows.jsonl", 20)
+    config = runs.settings(model_dir, rows, max_steps=1, eval={"eval_strategy": "no"})
+    template = tmp_path / "template"
+    runs.launch.new_run(Workspace(template).create(), config, machine(), owner="t", threads=1, output=template / "run")
+    # from the lock to the first look at the model: what those that watch a life read
+    for at in range(8, 20, 2):
+        root = fresh(tmp_path, template)
+        came_of_it = outcome(root, life_in, at, "EIO")
+        assert came_of_it is None or isinstance(came_of_it, Refusal), f"call {at}: {came_of_it!r}"
+        assert status(RunDir(root / "run")).state in ("finished", "failed", "queued"), at
+
+
 @pytest.mark.slow
 @pytest.mark.torture
 @pytest.mark.parametrize("at_life", ["first", "second"])

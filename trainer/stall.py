@@ -48,9 +48,11 @@ class StallWatch:
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._events, self._telemetry, self._tell = events, telemetry, tell
-        self._path, self._reader = run.metrics, StatusReader(run)
+        self._run, self._path = run, run.metrics
+        # made at the first look, where a disk that does not answer costs no more than that look
+        self._reader: StatusReader | None = None
         self._look_s, self._clock_s = look_s, clock_s
-        self._count = self._records()
+        self._count = 0
         self._since_s = clock_s()
         self._stalled = False
         self._ended = threading.Event()
@@ -68,6 +70,8 @@ class StallWatch:
     def look(self) -> None:
         """Compare now with the last step; say once that the run stands still, and once that it goes on."""
         count, now_s = self._records(), self._clock_s()
+        if self._reader is None:
+            self._reader, self._count = StatusReader(self._run), count
         if count != self._count:
             if self._stalled:
                 text = f"It goes on, after {_minutes(now_s - self._since_s)} without a step."
